@@ -1,0 +1,222 @@
+"""Output tokens/s on the CPU, over HTTP, against llama.cpp's server and transformers, on one SmolLM2 file.
+
+    python -m benchmarks.cpu_generation --llama-server PATH/llama-server
+
+Each repeat sends fresh random prompts of 128 tokens to one server after the other (interleaved) and takes 128
+output tokens a request, ignoring EOS, greedy, streamed; prefill counts into the time. One client process. The
+prefix cache cannot help: prompts are fresh, and reported hits are asserted to be 0. llama.cpp runs in every
+combination of Q4_1, Q8_0, Q4_0 and 1 or 2 threads; the best one at each number of streams is the peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from benchmarks import report
+from benchmarks.servers import Server, free_port, running, slimserve
+
+PROMPT_TOKENS = 128
+OUTPUT_TOKENS = 128
+VOCABULARY = range(1000, 49000)
+"""Ordinary tokens of SmolLM2: no special ones."""
+LLAMA_FORMATS = ("Q4_1", "Q8_0", "Q4_0")
+
+
+@dataclass
+class Figures:
+    """Tokens per second by number of streams, one entry a repeat."""
+
+    by_streams: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, streams: int, rate: float) -> None:
+        self.by_streams.setdefault(streams, []).append(rate)
+
+    def median(self, streams: int) -> float:
+        return statistics.median(self.by_streams[streams])
+
+
+def fresh_prompts(count: int, randomness: random.Random) -> list[list[int]]:
+    return [randomness.choices(VOCABULARY, k=PROMPT_TOKENS) for _ in range(count)]
+
+
+async def one_stream(client: httpx.AsyncClient, server: Server, prompt: list[int]) -> None:
+    body = {
+        "model": "smollm2",
+        "prompt": prompt,
+        "max_tokens": OUTPUT_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if server.name.startswith("llama.cpp"):
+        body["cache_prompt"] = False
+    last: dict[str, object] = {}
+    async with client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"{server.name}: {response.status_code} {(await response.aread()).decode()[:500]}")
+        async for line in response.aiter_lines():
+            if '"usage":{' in line or '"usage": {' in line:
+                last = json.loads(line.removeprefix("data: "))
+    check_usage(server.name, last)
+
+
+def check_usage(name: str, chunk: dict[str, object]) -> None:
+    """The server did the work that was asked for, all of it, and took nothing from a cache."""
+    usage = chunk.get("usage")
+    assert isinstance(usage, dict), f"{name} reported no usage"
+    assert usage["prompt_tokens"] == PROMPT_TOKENS, f"{name}: {usage}"
+    assert usage["completion_tokens"] == OUTPUT_TOKENS, f"{name}: {usage}"
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    assert cached == 0, f"{name}: {cached} prompt tokens came from a cache"
+
+
+async def tokens_per_second(server: Server, prompts: Sequence[list[int]]) -> float:
+    limits = httpx.Limits(max_connections=len(prompts))
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+        started = time.perf_counter()
+        await asyncio.gather(*(one_stream(client, server, prompt) for prompt in prompts))
+        return len(prompts) * OUTPUT_TOKENS / (time.perf_counter() - started)
+
+
+def requantized(source: Path, target_format: str, folder: Path) -> Path:
+    """The same model with its large matrices in another GGUF format, from the file's own dequantized weights."""
+    import gguf
+
+    if target_format == "Q4_1":
+        return source
+    target = folder / f"smollm2-{target_format}.gguf"
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, architecture)
+    for entry in reader.fields.values():
+        if entry.name.startswith("GGUF.") or entry.name in ("general.architecture", "general.file_type"):
+            continue
+        kind = entry.types[0]
+        sub = entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(entry.name, entry.contents(), kind, sub_type=sub)
+    kind = gguf.GGMLQuantizationType[target_format]
+    for tensor in reader.tensors:
+        if tensor.tensor_type == gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(tensor.name, tensor.data)
+            continue
+        weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, gguf.quants.quantize(weights, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def start_llama(stack: contextlib.ExitStack, binary: Path, model: Path, name: str, threads: int, logs: Path) -> Server:
+    port = free_port()
+    command = [str(binary), "-m", str(model), "-np", "32", "-c", "16384", "-t", str(threads), "-tb", str(threads)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--no-webui"]
+    env = os.environ | {"LD_LIBRARY_PATH": str(binary.parent)}
+    log = logs / f"{name.replace(' ', '-')}.log"
+    return stack.enter_context(running(name, command, port, "/health", env=env, log=log))
+
+
+def start_ours(stack: contextlib.ExitStack, model: Path, dtype: str, logs: Path) -> Server:
+    port = free_port()
+    command = slimserve("serve", str(model), "--port", str(port), "--dtype", dtype, "--served-model-name", "smollm2")
+    command += ["--max-batch", "32", "--device", "cpu"]
+    return stack.enter_context(running(f"slimserve {dtype}", command, port, "/health/ready", log=logs / f"{dtype}.log"))
+
+
+def measure_transformers(model: Path, stream_counts: Sequence[int], repeats: int) -> dict[str, Figures]:
+    """In a process of its own: ``generate`` one prompt after the other, and all of them as one static batch."""
+    command = [sys.executable, "-m", "benchmarks.transformers_generate", str(model), str(repeats)]
+    command += [str(count) for count in stream_counts]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=report.ROOT).stdout
+    figures: dict[str, Figures] = {}
+    for row in json.loads(output.strip().splitlines()[-1]):
+        figures.setdefault(row["name"], Figures()).add(row["streams"], row["rate"])
+    return figures
+
+
+def print_table(figures: dict[str, Figures], stream_counts: Sequence[int], peers: dict[int, str]) -> None:
+    print("\noutput tokens/s, median of repeats [min .. max]; ratio to the best llama.cpp")
+    for name, rows in figures.items():
+        cells = []
+        for count in stream_counts:
+            rates = rows.by_streams[count]
+            ratio = rows.median(count) / figures[peers[count]].median(count)
+            cells.append(f"{count:>3}: {rows.median(count):7.1f} [{min(rates):6.1f} ..{max(rates):6.1f}] {ratio:5.2f}x")
+        print(f"{name:28s} " + "   ".join(cells))
+    print("best llama.cpp: " + ", ".join(f"{count} streams: {peers[count]}" for count in stream_counts))
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Figures]:
+    randomness = random.Random(arguments.seed)
+    figures: dict[str, Figures] = {}
+    with contextlib.ExitStack() as stack:
+        servers = [start_ours(stack, arguments.model, dtype, folder) for dtype in arguments.dtypes]
+        for target_format in LLAMA_FORMATS:
+            path = requantized(arguments.model, target_format, folder)
+            for threads in (1, 2):
+                name = f"llama.cpp {target_format} {threads}t"
+                servers.append(start_llama(stack, arguments.llama_server, path, name, threads, folder))
+        for server in servers:
+            asyncio.run(tokens_per_second(server, fresh_prompts(2, randomness)))
+        for repeat in range(arguments.repeats):
+            for count in arguments.streams:
+                for server in servers:
+                    rate = asyncio.run(tokens_per_second(server, fresh_prompts(count, randomness)))
+                    figures.setdefault(server.name, Figures()).add(count, rate)
+                    print(
+                        f"  repeat {repeat + 1}  {count:>2} streams  {server.name:24s} {rate:8.1f} tokens/s", flush=True
+                    )
+    return figures
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-server", type=Path, required=True, help="llama.cpp's server, libraries beside it")
+    parser.add_argument("--model", type=Path, help="SmolLM2 Q4_1 GGUF; default: the catalogue's")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    parser.add_argument("--output", default="cpu_generation", help="name under benchmarks/results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.model is None:
+        from server.catalog import resolve
+
+        arguments.model = resolve("smollm2-135m")
+    facts = report.print_header("CPU generation")
+    print(f"  seed: {arguments.seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(arguments, Path(folder))
+    figures |= measure_transformers(arguments.model, arguments.streams, arguments.repeats)
+    llama = [name for name in figures if name.startswith("llama.cpp")]
+    peers = {count: max(llama, key=lambda name: figures[name].median(count)) for count in arguments.streams}
+    print_table(figures, arguments.streams, peers)
+    rates = {name: rows.by_streams for name, rows in figures.items()}
+    result = {"machine": facts, "seed": arguments.seed, "tokens_per_second": rates, "best_llama_cpp": peers}
+    path = report.write(arguments.output, result)
+    print(f"written to {path.relative_to(report.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

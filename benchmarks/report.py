@@ -1,0 +1,68 @@
+"""What every benchmark prints beside its figures: machine, commit, versions; and where its JSON goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def cpu_model() -> str:
+    """Name, family and vector extensions of the processor: a virtual machine often hides the model."""
+    fields: dict[str, str] = {}
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    flags = set(fields.get("flags", "").split())
+    notable = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags]
+    name = fields.get("model name", platform.processor() or platform.machine())
+    return f"{name} family {fields.get('cpu family', '?')} ({' '.join(notable)})"
+
+
+def commit() -> str:
+    """Short hash of the checkout, with a + where files differ from it."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def machine() -> dict[str, object]:
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+        "slimserve": metadata.version("slimserve"),
+        "commit": commit(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+    }
+
+
+def print_header(title: str) -> dict[str, object]:
+    facts = machine()
+    print(f"# {title}")
+    for key, value in facts.items():
+        print(f"  {key}: {value}")
+    return facts
+
+
+def write(name: str, result: dict[str, object]) -> Path:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path

@@ -1,0 +1,210 @@
+"""Every kernel in plain torch: the definition that all other implementations are tested against. Runs on any device.
+
+Shapes: T flat tokens of a step, Hq query heads, Hk key/value heads (Hq a multiple of Hk), D head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+PHILOX_ROUNDS = 10
+LOW_32 = 0xFFFFFFFF
+
+
+class AttentionBatch(Protocol):
+    """The fields of a step's batch that attention reads; ``engines.models.batch.Batch`` has them."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(T,) int64: place of each token in its sequence."""
+
+    @property
+    def query_starts(self) -> torch.Tensor:
+        """(R+1,) int32: row r holds flat tokens ``query_starts[r] .. query_starts[r+1]-1``."""
+
+    @property
+    def context_lengths(self) -> torch.Tensor:
+        """(R,) int32: tokens of each row in the cache, this step's included."""
+
+    @property
+    def block_tables(self) -> torch.Tensor:
+        """(R, widest) int32: block ids in sequence order."""
+
+    @property
+    def decode_rows(self) -> int:
+        """The first so many rows have exactly one token each."""
+
+    @property
+    def longest_query(self) -> int:
+        """Most tokens of one row."""
+
+    @property
+    def longest_context(self) -> int:
+        """Most cached tokens of one row."""
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / rms(x) * weight`` over the last dimension, in float32, rounded once to x's dtype."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x + residual`` and its rms norm: (normed, new residual). The inputs stay as they are."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """(T, 2I) -> (T, I): ``silu(gate) * up`` with the gate in the first half, in float32, rounded once."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def rope_(
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool
+) -> None:
+    """Rotate the first ``rope_dim`` dimensions of (T, Hq, D) and (T, Hk, D) in place.
+
+    ``cos_sin`` is (max_pos, rope_dim) float32: cosines in the first half, sines in the second. Pairs are
+    (i, i + rope_dim/2), or (2i, 2i+1) where ``interleaved``.
+    """
+    half = cos_sin.shape[1] // 2
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    for heads in (queries, keys):
+        rotated = heads[..., : 2 * half]
+        if interleaved:
+            first, second = rotated[..., 0::2], rotated[..., 1::2]
+        else:
+            first, second = rotated[..., :half], rotated[..., half:]
+        left, right = first.float(), second.float()
+        new_first, new_second = left * cos - right * sin, right * cos + left * sin
+        first.copy_(new_first)
+        second.copy_(new_second)
+
+
+def write_cache(entries: torch.Tensor, cache: torch.Tensor, cache_slots: torch.Tensor) -> None:
+    """Write (T, ...) entries into a (blocks, block_size, ...) cache at slots ``block_id * block_size + offset``."""
+    cache.view(-1, *cache.shape[2:])[cache_slots] = entries.to(cache.dtype)
+
+
+def attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: AttentionBatch, scale: float
+) -> torch.Tensor:
+    """Causal attention over a paged cache, query by query: (T, Hq, D) -> (T, Hq, Dv).
+
+    ``keys`` is (blocks, block_size, Hk, D) and ``values`` (blocks, block_size, Hk, Dv). The query at position p
+    attends to positions 0 .. p of its row, so its result depends on nothing else in the step. Reads the batch's
+    numbers on the host: for a device that would be waited for, see ``padded_attention``.
+    """
+    output = queries.new_empty(*queries.shape[:2], values.shape[-1])
+    starts, positions = batch.query_starts.tolist(), batch.positions.tolist()
+    for row in range(len(starts) - 1):
+        blocks = batch.block_tables[row].long()
+        row_keys = keys[blocks].flatten(0, 1).transpose(0, 1)
+        row_values = values[blocks].flatten(0, 1).transpose(0, 1)
+        for token in range(starts[row], starts[row + 1]):
+            context = positions[token] + 1
+            output[token] = functional.scaled_dot_product_attention(
+                queries[token].unsqueeze(1),
+                row_keys[:, :context].to(queries.dtype),
+                row_values[:, :context].to(queries.dtype),
+                scale=scale,
+                enable_gqa=True,
+            ).squeeze(1)
+    return output
+
+
+def padded_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: AttentionBatch, scale: float
+) -> torch.Tensor:
+    """As ``attention``, with rows padded to one length and masked, so that the host never waits for the device."""
+    output = queries.new_empty(*queries.shape[:2], values.shape[-1])
+    rows, decodes = batch.context_lengths.shape[0], batch.decode_rows
+    if decodes:
+        output[:decodes] = _padded_rows(
+            queries[:decodes].unsqueeze(1),
+            batch.positions[:decodes].unsqueeze(1),
+            0,
+            decodes,
+            keys,
+            values,
+            batch,
+            scale,
+        ).squeeze(1)
+    if rows > decodes:
+        tokens = torch.arange(decodes, queries.shape[0], device=queries.device)
+        row_of_token = torch.bucketize(tokens, batch.query_starts[1:].long(), right=True)
+        starts = batch.query_starts[decodes:-1].long()
+        padded = starts.unsqueeze(1) + torch.arange(batch.longest_query, device=queries.device)
+        padded = padded.clamp(max=queries.shape[0] - 1)
+        attended = _padded_rows(queries[padded], batch.positions[padded], decodes, rows, keys, values, batch, scale)
+        output[decodes:] = attended[row_of_token - decodes, tokens - starts[row_of_token - decodes]]
+    return output
+
+
+def _padded_rows(
+    queries: torch.Tensor,
+    positions: torch.Tensor,
+    first_row: int,
+    last_row: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float,
+) -> torch.Tensor:
+    """(rows, Q, Hq, D) queries at (rows, Q) positions of the rows first_row .. last_row-1 -> (rows, Q, Hq, Dv)."""
+    block_size = keys.shape[1]
+    widest = -(-batch.longest_context // block_size)
+    blocks = batch.block_tables[first_row:last_row, :widest].long()
+    row_keys = keys[blocks].flatten(1, 2).transpose(1, 2).to(queries.dtype)
+    row_values = values[blocks].flatten(1, 2).transpose(1, 2).to(queries.dtype)
+    places = torch.arange(row_keys.shape[2], device=queries.device)
+    visible = places <= positions.unsqueeze(-1)
+    # A slot that no token was ever written to may hold anything; its weight is 0, and 0 * NaN would still be NaN.
+    in_context = (places < batch.context_lengths[first_row:last_row].unsqueeze(1))[:, None, :, None]
+    return functional.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        row_keys.where(in_context, 0),
+        row_values.where(in_context, 0),
+        attn_mask=visible.unsqueeze(1),
+        scale=scale,
+        enable_gqa=True,
+    ).transpose(1, 2)
+
+
+def philox_4x32(key: tuple[torch.Tensor, torch.Tensor], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10: four random words of 32 bits for each counter. Words are int64 tensors in [0, 2**32)."""
+    key_low, key_high = key
+    c0, c1, c2, c3 = counter
+    for _ in range(PHILOX_ROUNDS):
+        # The 64-bit product may wrap to a negative number; shift and mask still give its two exact halves.
+        product_0, product_1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
+        c0, c2 = ((product_1 >> 32) & LOW_32) ^ c1 ^ key_low, ((product_0 >> 32) & LOW_32) ^ c3 ^ key_high
+        c1, c3 = product_1 & LOW_32, product_0 & LOW_32
+        key_low, key_high = (key_low + PHILOX_KEY_STEPS[0]) & LOW_32, (key_high + PHILOX_KEY_STEPS[1]) & LOW_32
+    return c0, c1, c2, c3
+
+
+def gumbel_noise(seeds: torch.Tensor, choices: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
+    """(R,) int64 seeds (the 64 bits of the seed), choices and output positions -> (R, vocab) float32 Gumbel noise.
+
+    Entry v is ``-log(-log(u))`` with u from lane ``v % 4`` of Philox at counter (v // 4, position, choice, 0): the
+    lane's upper 24 bits plus one half, over 2**24. u is exact in float64, never 0 and never 1.
+    """
+    seeds, choices, positions = seeds.unsqueeze(1), choices.unsqueeze(1), positions.unsqueeze(1)
+    key = (seeds & LOW_32, (seeds >> 32) & LOW_32)
+    groups = torch.arange(-(-vocab // 4), device=seeds.device).unsqueeze(0)
+    words = torch.stack(
+        philox_4x32(key, (groups, positions & LOW_32, choices & LOW_32, torch.zeros_like(seeds))), dim=-1
+    )
+    uniform = ((words.flatten(1)[:, :vocab] >> 8).double() + 0.5) / 2**24
+    return (-torch.log(-torch.log(uniform))).float()

@@ -1,0 +1,54 @@
+"""The tokens of one step as the models see them: rows flattened one after the other, no padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+LayerCache = tuple[torch.Tensor, ...]
+"""KV bytes of one layer: GQA has (keys, values), each (blocks, block_size, kv_heads, head_dim);
+MLA has (latent,), (blocks, block_size, kv_lora_rank + rope_dim)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Shape of one token's KV in one layer, one entry for each tensor of the ``LayerCache``; the same in all layers."""
+
+    layers: int
+    token_shapes: tuple[tuple[int, ...], ...]
+
+    def bytes_per_token(self, itemsize: int) -> int:
+        """Bytes that one token takes over all layers."""
+        values = 0
+        for shape in self.token_shapes:
+            size = 1
+            for extent in shape:
+                size *= extent
+            values += size
+        return self.layers * values * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T tokens of R rows. Row r holds flat tokens ``query_starts[r] .. query_starts[r+1]-1``.
+
+    The first ``decode_rows`` rows have exactly one token each. All tensors are on the model's device.
+    """
+
+    token_ids: torch.Tensor
+    """(T,) int64."""
+    positions: torch.Tensor
+    """(T,) int64: place in the sequence, from 0."""
+    cache_slots: torch.Tensor
+    """(T,) int64: where each token's KV is written, ``block_id * block_size + offset``."""
+    query_starts: torch.Tensor
+    """(R+1,) int32."""
+    context_lengths: torch.Tensor
+    """(R,) int32: tokens in the cache after this step's write; the last query of row r attends to this many."""
+    block_tables: torch.Tensor
+    """(R, widest) int32: block ids in sequence order; entries past a row's last block are 0 and never read."""
+    decode_rows: int
+    longest_query: int
+    """Most tokens of one row."""
+    longest_context: int

@@ -1,0 +1,216 @@
+"""The contract between the scheduler and every engine: plain data, no tensor, no torch.
+
+The scheduler decides (which items, how many tokens, which KV blocks); an engine computes. Everything that
+crosses this seam is one of the structs below, so a plan can be encoded, logged, replayed and sent to a peer rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import msgspec
+
+EngineKind = Literal["generation", "fake"]
+End = Literal["", "stop", "length", "cancelled", "error"]
+"""How an item ended; the empty string means that it goes on."""
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker needs to build one engine. Sizes in bytes, lengths in tokens."""
+
+    name: str
+    kind: EngineKind = "generation"
+    source: str = ""
+    """Folder or ``.gguf`` file of the model, already on this machine."""
+    device: str = "cpu"
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    max_model_len: int | None = None
+    max_batch: int | None = None
+    max_step_tokens: int | None = None
+    memory_limit: int | None = None
+    """Bytes that this engine may take for weights, workspace and KV together; None takes the device's default share."""
+    threads: int | None = None
+    """CPU threads inside one operation; None chooses by measurement."""
+    random_weights: int | None = None
+    """Seed that fills the config's shapes with random weights instead of reading any file."""
+    fake_step_seconds: float = 0.0
+    """Only for the kind ``fake``: how long each of its steps takes."""
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine can hold and do in one step; fixed at load but for ``graph_rows``."""
+
+    blocks: int
+    """KV blocks, ids 0 .. blocks-1."""
+    block_size: int
+    """Tokens in one KV block."""
+    max_rows: int
+    """Rows in one step, and slots 0 .. max_rows-1 of resident row state."""
+    max_step_tokens: int
+    max_model_len: int
+    """Longest sequence, prompt and output together."""
+    graph_rows: tuple[int, ...] = ()
+    """Row counts for which a captured graph exists, ascending."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was loaded, for the log, the metrics and the root of the block hashes."""
+
+    name: str
+    fingerprint: str
+    """Hash of the model's identity and the KV dtype: blocks of different fingerprints never match."""
+    device: str
+    dtype: str
+    kv_dtype: str
+    weight_bytes: int
+    kv_bytes: int
+    threads: int
+    load_seconds: float
+    vocab_size: int
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one choice draws its tokens. Noise for output position p is Philox(seed, choice, p) on every backend."""
+
+    seed: int
+    """0 <= seed < 2**64, fixed at acceptance."""
+    choice: int = 0
+    temperature: float = 1.0
+    """0 takes the best token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output tokens, 1 is off."""
+    presence_penalty: float = 0.0
+    """Over output tokens only, like ``frequency_penalty``."""
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    """How many best alternatives to report beside the drawn token; None reports nothing."""
+    min_tokens: int = 0
+    """``stop_token_ids`` are masked until this many output tokens exist."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end the item (EOS among them, unless the request ignores it)."""
+
+
+class Admit(msgspec.Struct, frozen=True, kw_only=True):
+    """Full state of a row that takes a slot: a new item, or one that comes back after preemption or replay."""
+
+    item: int
+    slot: int
+    tokens: list[int]
+    """Prompt, then the output tokens that exist already."""
+    prompt_length: int
+    """Output position p of the next token is ``len(tokens) - prompt_length``."""
+    blocks: tuple[int, ...]
+    """Block ids that already hold computed tokens (prefix hits)."""
+    sampling: SamplingParams
+    prompt_logprobs: int | None = None
+    """As ``SamplingParams.logprobs``, for the prompt's own tokens (completions with ``echo``); None reports nothing."""
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One item's share of a step: compute tokens ``start .. start+count-1`` of its sequence."""
+
+    item: int
+    slot: int
+    start: int
+    count: int
+    new_blocks: tuple[int, ...]
+    """Block ids appended to the row's block table before this step writes."""
+    max_new: int
+    """Upper bound of tokens drawn after the last computed one: 0 in mid-prompt, else 1."""
+
+
+class OneShotRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One item that ends after one step: a plain model's rows in a shape bucket. Holds no blocks and no slot."""
+
+    item: int
+    bucket: int
+    rows: int
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one step does. ``launch`` depends on this and on earlier plans only."""
+
+    step: int
+    """Rises by one with each plan of a worker; it is the ticket."""
+    engine: str
+    admits: tuple[Admit, ...] = ()
+    rows: tuple[Row, ...] = ()
+    """Rows with ``count == 1 and max_new == 1`` (decodes) come first."""
+    one_shot: tuple[OneShotRow, ...] = ()
+    graph_rows: int = 0
+    """Captured graph to run, from ``Capacity.graph_rows``; 0 runs without one."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Natural-log probabilities at one position, of the model's distribution before temperature and truncation."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RowResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step gave one row: 0 .. max_new tokens; a one-shot item has ``output`` instead."""
+
+    item: int
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    """One entry a token where the item asked for logprobs, else empty."""
+    prompt_logprobs: list[TokenLogprobs] = []
+    """Entries for prompt positions ``start+1 .. start+count`` that lie inside the prompt, where asked for."""
+    output: bytes = b""
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Results of one launched plan, in the plan's row order."""
+
+    step: int
+    rows: list[RowResult]
+    seconds: float
+    """Time that the device worked on this step."""
+
+
+class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a load stands; ``done`` and ``total`` in bytes, or both 0 where a phase has no measure."""
+
+    phase: Literal["read", "allocate", "measure"]
+    done: int = 0
+    total: int = 0
+
+
+ReportProgress = Callable[[LoadProgress], None]
+
+
+class EngineLoadError(Exception):
+    """A model that cannot be served. The text goes to the user: what is wrong and what to do."""
+
+
+class Engine(Protocol):
+    """Computes steps. One thread calls it; at most two steps are launched and not yet collected."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded. Safe to call at any time."""
+
+    @property
+    def capacity(self) -> Capacity:
+        """Safe to call at any time; only ``graph_rows`` may differ between calls."""
+
+    def launch(self, plan: StepPlan) -> int:
+        """Enqueue the step and return its ticket (``plan.step``) within 1 ms. Safe with fewer than two in flight."""
+
+    def collect(self, ticket: int) -> StepResult:
+        """Wait for the oldest launched step and give its results. Safe only for that step's ticket.
+
+        Raises whatever the step raised; the engine is then unusable and the worker dies.
+        """
+
+    def close(self) -> None:
+        """Give back all memory. Safe when nothing is in flight."""

@@ -1,0 +1,6 @@
+#!/bin/sh
+# Installs Slimserve, fetches a small real model and serves it. Arguments go to "slimserve serve".
+set -eu
+here=$(dirname "$0")
+"$here/install.sh"
+exec "${SLIMSERVE_VENV:-$here/.venv}/bin/slimserve" serve "$@"

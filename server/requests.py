@@ -1,0 +1,157 @@
+"""A request on its way through the API process: what was asked, what came back so far, and its one ending."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engines.protocol import End, SamplingParams, TokenLogprobs
+from server.errors import SlimserveError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and its n choices, parsed, validated and tokenized. Times in seconds of the monotonic clock."""
+
+    id: int
+    model: str
+    prompt: list[int]
+    max_tokens: int
+    """Most output tokens of each choice."""
+    sampling: tuple[SamplingParams, ...]
+    """One entry a choice; they differ in ``choice`` only."""
+    arrived: float
+    prompt_logprobs: int | None = None
+    cache_salt: str = ""
+
+
+@dataclass(slots=True)
+class TokenLog:
+    """Output tokens of one choice, in order. Together with the prompt it is all that a replay needs."""
+
+    tokens: list[int] = field(default_factory=list)
+
+    def accept(self, first_index: int, tokens: Sequence[int]) -> list[int]:
+        """Append what is new and return it. Tokens that the log has already are dropped; a gap raises ValueError."""
+        known = len(self.tokens) - first_index
+        if known < 0:
+            raise ValueError(f"tokens from index {first_index} on, but the log ends at {len(self.tokens)}")
+        fresh = list(tokens[known:])
+        self.tokens.extend(fresh)
+        return fresh
+
+
+@dataclass(slots=True)
+class ChoiceNews:
+    """What happened to one choice since the last flush."""
+
+    choice: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    end: End = ""
+
+
+class Reply:
+    """Tokens of all choices of one request, from the worker to the HTTP handler: a buffer and one flush.
+
+    The supervisor calls ``deliver`` and ``fail``; one handler calls ``next``. After every choice has ended, or after
+    ``fail`` or ``close``, nothing more is taken: each reply has exactly one ending.
+    """
+
+    def __init__(self, request: Request, on_close: Callable[[Reply], None]) -> None:
+        self.request = request
+        self.logs = [TokenLog() for _ in request.sampling]
+        self.ends: list[End] = [""] * len(request.sampling)
+        self.error: SlimserveError | None = None
+        self.cached_tokens = 0
+        self.queue_seconds = 0.0
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
+        self._news: dict[int, ChoiceNews] = {}
+        self._wake = asyncio.Event()
+        self._on_close = on_close
+        self._closed = False
+
+    @property
+    def finished(self) -> bool:
+        """Every choice has ended, or the request failed."""
+        return self.error is not None or all(self.ends)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens that the handler has not fetched yet."""
+        return sum(len(news.tokens) for news in self._news.values())
+
+    def deliver(
+        self,
+        choice: int,
+        first_index: int,
+        tokens: Sequence[int],
+        end: End,
+        *,
+        now: float,
+        logprobs: Sequence[TokenLogprobs] = (),
+        prompt_logprobs: Sequence[TokenLogprobs] = (),
+    ) -> list[int]:
+        """Log tokens of one choice and wake the handler; returns those that were new (none after the ending)."""
+        if self._closed or self.error is not None or self.ends[choice]:
+            return []
+        fresh = self.logs[choice].accept(first_index, tokens)
+        if fresh:
+            self.first_token_at = self.first_token_at or now
+            self.last_token_at = now
+        news = self._news.setdefault(choice, ChoiceNews(choice))
+        news.tokens.extend(fresh)
+        news.logprobs.extend(logprobs[len(tokens) - len(fresh) :])
+        news.prompt_logprobs.extend(prompt_logprobs)
+        news.end = self.ends[choice] = end
+        self._wake.set()
+        return fresh
+
+    def end_choice(self, choice: int, end: End) -> None:
+        """The handler ends one choice itself (a stop string); later tokens are dropped."""
+        self.ends[choice] = self.ends[choice] or end
+
+    def fail(self, error: SlimserveError) -> None:
+        """End the whole request with an error; ignored when it has ended."""
+        if not self.finished and not self._closed:
+            self.error = error
+            self._wake.set()
+
+    async def next(self) -> list[ChoiceNews]:
+        """All news since the last call, waiting for some; raises the error that ended the request.
+
+        Tokens delivered before the error are given first.
+        """
+        while not self._news:
+            if self.error is not None:
+                raise self.error
+            self._wake.clear()
+            await self._wake.wait()
+        news = list(self._news.values())
+        self._news = {}
+        return news
+
+    def close(self) -> None:
+        """The handler is done: answered, failed or left by its client. Unfinished choices are cancelled. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.ends = [end or "cancelled" for end in self.ends]
+            self._on_close(self)
+
+
+class Dispatcher(Protocol):
+    """Where requests go: the supervisor, or a plain object in a test."""
+
+    def submit(self, request: Request) -> Reply:
+        """File the request. Raises ModelNotFound, EngineUnavailable or Overloaded; after that the reply tells all."""
+
+    def stop_choice(self, reply: Reply, choice: int) -> None:
+        """End one choice early (a stop string); its blocks return at the next settle."""

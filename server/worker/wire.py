@@ -1,0 +1,197 @@
+"""Messages between the API process and a worker process: msgspec structs over a ZeroMQ PAIR socket, never pickle.
+
+Every message from a worker carries its incarnation, so that what a dead worker still had in flight is told apart.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engines.protocol import Capacity, End, EngineInfo, EngineSpec, LoadProgress, SamplingParams, TokenLogprobs
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True):
+    """One choice of a request, as the scheduler sees it. Replay is the same struct with more ``tokens``."""
+
+    item: int
+    """Unique in the life of the API process."""
+    request: int
+    """Items of one request form a group; cancel and log are per request."""
+    engine: str
+    tokens: list[int]
+    """Prompt, then output tokens that exist already (after a replay). Empty for a one-shot item."""
+    prompt_length: int
+    max_tokens: int
+    """Most output tokens, those in ``tokens`` counted in; 0 computes the prompt only."""
+    sampling: SamplingParams
+    prompt_logprobs: int | None = None
+    cache_salt: str = ""
+    """Blocks of different salts never match."""
+    waited: float = 0.0
+    """Seconds since the request arrived at the API process when this was sent."""
+    rows: int = 0
+    """One-shot items: rows in the batch; 0 marks a sequence."""
+    bucket: int = 0
+    """One-shot items: index of the shape bucket; only equal buckets share a step."""
+
+
+# --- API process -> worker
+
+
+class LoadEngine(msgspec.Struct, frozen=True, tag=True):
+    spec: EngineSpec
+
+
+class UnloadEngine(msgspec.Struct, frozen=True, tag=True):
+    """Its items end with an error first."""
+
+    name: str
+
+
+class Offer(msgspec.Struct, frozen=True, tag=True):
+    """All items of one request."""
+
+    items: list[Item]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Forget these items; unknown ids are ignored, because an end may cross a cancel on the wire."""
+
+    items: list[int]
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Exit at once with status 0. The API process has drained before."""
+
+
+ToWorker = LoadEngine | UnloadEngine | Offer | Cancel | Stop
+
+
+# --- worker -> API process
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    incarnation: int
+    pid: int
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    incarnation: int
+    name: str
+    progress: LoadProgress
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    incarnation: int
+    info: EngineInfo
+    capacity: Capacity
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """``reason`` is for the user; the traceback is in the worker's log."""
+
+    incarnation: int
+    name: str
+    reason: str
+
+
+class Unloaded(msgspec.Struct, frozen=True, tag=True):
+    incarnation: int
+    name: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The scheduler's ``offer`` is final: it may refuse what the door let in."""
+
+    incarnation: int
+    items: list[int]
+    reason: str
+
+
+class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges of one engine."""
+
+    name: str
+    running: int
+    waiting: int
+    waiting_tokens: int
+    blocks_used: int
+    """Referenced by a live item."""
+    blocks_cached: int
+    """Findable, and free to reuse."""
+    blocks_total: int
+    token_budget: int
+    preemptions: int
+    """Counters count since the worker started."""
+    prefix_queries: int
+    """Prompt tokens looked up."""
+    prefix_hits: int
+    """Prompt tokens found."""
+    integrity_errors: int
+
+
+class LoadReport(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Sent at least every half second, so it is the heartbeat too."""
+
+    incarnation: int
+    steps: int
+    """Settled steps since the worker started."""
+    phase: str
+    """What the loop does now: idle, load, step."""
+    rss_bytes: int
+    engines: list[EngineLoad]
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    seconds: float
+    """Device time."""
+    plan_seconds: float
+    """Scheduler time: plan and settle."""
+    rows: int
+    tokens: int
+    """Computed tokens, prompt and output together."""
+    prompt_tokens: int
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """One message a step, in parallel arrays with one entry an item that has news."""
+
+    incarnation: int
+    engine: str
+    step: int
+    items: list[int]
+    first_index: list[int]
+    """Output index of the first token in ``tokens``; a token is accepted only where the log ends."""
+    tokens: list[list[int]]
+    ends: list[End]
+    cached_tokens: list[int]
+    """Prompt tokens that a prefix hit saved this item, so far."""
+    queue_seconds: list[float]
+    """Time between offer and first plan; 0 after the first tokens."""
+    logprobs: dict[int, list[TokenLogprobs]] = {}
+    """By item, where asked for."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    outputs: dict[int, bytes] = {}
+    """By one-shot item."""
+    stats: StepStats
+
+
+FromWorker = Hello | Loading | Loaded | LoadFailed | Unloaded | Refused | LoadReport | StepOutputs
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_worker(frame: bytes) -> ToWorker:
+    """Raises msgspec.DecodeError on a malformed frame."""
+    return _to_worker.decode(frame)
+
+
+def decode_from_worker(frame: bytes) -> FromWorker:
+    """Raises msgspec.DecodeError on a malformed frame."""
+    return _from_worker.decode(frame)
