@@ -1,11 +1,11 @@
 #!/bin/sh
 # Installs Slimserve into .venv beside this file. "./install.sh dev" adds what the tests need.
-# PYTHON names another interpreter; SLIMSERVE_VENV another folder for the environment.
+# PYTHON names another interpreter; VENV another folder for the environment.
 set -eu
 cd "$(dirname "$0")"
 extras=${1:-}
 python=${PYTHON:-python3}
-venv=${SLIMSERVE_VENV:-.venv}
+venv=${VENV:-.venv}
 cpu_torch="torch==2.13.0+cpu"
 cpu_index="https://download.pytorch.org/whl/cpu"
 

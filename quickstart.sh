@@ -3,4 +3,4 @@
 set -eu
 here=$(dirname "$0")
 "$here/install.sh"
-exec "${SLIMSERVE_VENV:-$here/.venv}/bin/slimserve" serve "$@"
+exec "${VENV:-$here/.venv}/bin/slimserve" serve "$@"

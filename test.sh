@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")"
 ./install.sh dev
-bin=${SLIMSERVE_VENV:-.venv}/bin
+bin=${VENV:-.venv}/bin
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"

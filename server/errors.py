@@ -4,11 +4,13 @@ SlimserveError
 ├── InvalidRequest 400      the request is wrong; ``param`` names the field
 ├── Unauthorized 401
 ├── ModelNotFound 404
+├── RequestTimeout 408      the body did not arrive in time
 ├── BodyTooLarge 413
 ├── QuotaExceeded 429       with Retry-After
 ├── Overloaded 503          with Retry-After: try again later
 ├── EngineUnavailable 503   the model's worker is starting, restarting or failed
 ├── InternalError 500       our own fault; the details are in the log only
+├── CommandFailed           on the command line: printed without a traceback, exit status 1
 └── UsageError              on the command line: printed without a traceback, exit status 2
 """
 
@@ -50,6 +52,12 @@ class ModelNotFound(SlimserveError):
     code = "model_not_found"
 
 
+class RequestTimeout(SlimserveError):
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
 class BodyTooLarge(SlimserveError):
     status = 413
     type = "invalid_request_error"
@@ -76,6 +84,10 @@ class EngineUnavailable(SlimserveError):
 
 class InternalError(SlimserveError):
     pass
+
+
+class CommandFailed(SlimserveError):
+    """What was asked on the command line is right, but cannot be done now: a port in use, a download that broke."""
 
 
 class UsageError(SlimserveError):

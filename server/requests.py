@@ -43,6 +43,10 @@ class TokenLog:
         return fresh
 
 
+class ClientGone(Exception):
+    """Nobody takes the answer: the client left, or it reads too slowly for its bounded buffer."""
+
+
 @dataclass(slots=True)
 class ChoiceNews:
     """What happened to one choice since the last flush."""
@@ -57,8 +61,8 @@ class ChoiceNews:
 class Reply:
     """Tokens of all choices of one request, from the worker to the HTTP handler: a buffer and one flush.
 
-    The supervisor calls ``deliver`` and ``fail``; one handler calls ``next``. After every choice has ended, or after
-    ``fail`` or ``close``, nothing more is taken: each reply has exactly one ending.
+    The supervisor calls ``deliver`` and ``fail``; one handler calls ``next``, or ``watch`` and ``take``. After every
+    choice has ended, or after ``fail`` or ``close``, nothing more is taken: each reply has exactly one ending.
     """
 
     def __init__(self, request: Request, on_close: Callable[[Reply], None]) -> None:
@@ -71,6 +75,9 @@ class Reply:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self._news: dict[int, ChoiceNews] = {}
+        self._pending_tokens = 0
+        self._max_pending_tokens: int | None = None
+        self._on_overflow: Callable[[], None] | None = None
         self._wake = asyncio.Event()
         self._on_close = on_close
         self._closed = False
@@ -87,7 +94,21 @@ class Reply:
     @property
     def pending_tokens(self) -> int:
         """Tokens that the handler has not fetched yet."""
-        return sum(len(news.tokens) for news in self._news.values())
+        return self._pending_tokens
+
+    def watch(
+        self, wake: asyncio.Event, max_pending_tokens: int | None = None, on_overflow: Callable[[], None] | None = None
+    ) -> None:
+        """Set ``wake`` on news from now on: one handler may wait for several replies at once.
+
+        More than ``max_pending_tokens`` unfetched tokens close the reply: ``take`` then raises ClientGone, and
+        ``on_overflow`` is called for a handler that is stuck in writing.
+        """
+        if self._news or self.error is not None:
+            wake.set()
+        self._wake = wake
+        self._max_pending_tokens = max_pending_tokens
+        self._on_overflow = on_overflow
 
     def deliver(
         self,
@@ -109,11 +130,21 @@ class Reply:
             self.last_token_at = now
         news = self._news.setdefault(choice, ChoiceNews(choice))
         news.tokens.extend(fresh)
+        self._pending_tokens += len(fresh)
         news.logprobs.extend(logprobs[len(tokens) - len(fresh) :])
         news.prompt_logprobs.extend(prompt_logprobs)
         news.end = self.ends[choice] = end
         self._wake.set()
+        if self._max_pending_tokens is not None and self._pending_tokens > self._max_pending_tokens:
+            self._overflow()
         return fresh
+
+    def _overflow(self) -> None:
+        self._news = {}
+        self._pending_tokens = 0
+        self.close()
+        if self._on_overflow is not None:
+            self._on_overflow()
 
     def end_choice(self, choice: int, end: End) -> None:
         """The handler ends one choice itself (a stop string); later tokens are dropped."""
@@ -125,18 +156,28 @@ class Reply:
             self.error = error
             self._wake.set()
 
-    async def next(self) -> list[ChoiceNews]:
-        """All news since the last call, waiting for some; raises the error that ended the request.
+    def take(self) -> list[ChoiceNews]:
+        """All news since the last call, perhaps none.
 
-        Tokens delivered before the error are given first.
+        Raises the error that ended the request once all that was delivered before it has been taken, and ClientGone
+        after ``close``.
         """
-        while not self._news:
+        if not self._news:
             if self.error is not None:
                 raise self.error
-            self._wake.clear()
-            await self._wake.wait()
+            if self._closed:
+                raise ClientGone
+            return []
         news = list(self._news.values())
         self._news = {}
+        self._pending_tokens = 0
+        return news
+
+    async def next(self) -> list[ChoiceNews]:
+        """As ``take``, but waits for some news."""
+        while not (news := self.take()):
+            self._wake.clear()
+            await self._wake.wait()
         return news
 
     def close(self) -> None:
@@ -144,6 +185,7 @@ class Reply:
         if not self._closed:
             self._closed = True
             self.ends = [end or "cancelled" for end in self.ends]
+            self._wake.set()
             self._on_close(self)
 
 
@@ -154,4 +196,4 @@ class Dispatcher(Protocol):
         """File the request. Raises ModelNotFound, EngineUnavailable or Overloaded; after that the reply tells all."""
 
     def stop_choice(self, reply: Reply, choice: int) -> None:
-        """End one choice early (a stop string); its blocks return at the next settle."""
+        """End one choice as "stop" (a stop string was found); its blocks return at the next settle."""

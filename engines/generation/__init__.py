@@ -1,0 +1,1 @@
+"""The generation engine: rows of language models, stepped over a paged KV cache."""

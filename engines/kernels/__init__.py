@@ -1,26 +1,32 @@
 """The operations that models and the sampler call: one signature each, the fastest implementation that fits.
 
 The native C library serves CPU tensors in float32 and bfloat16 where it was built; everything else runs
-``reference``. Shapes: T flat tokens of a step, Hq query heads, Hk key/value heads, D head dimension.
+``reference``. In float32 on the CPU a row's result is the same bits whatever other rows are in the step.
+Shapes: T flat tokens of a step, Hq query heads, Hk key/value heads, D head dimension.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional
 
 from engines.kernels import reference
+from engines.kernels.native import NativeStatus, native_status, shared_native
+from engines.kernels.native.library import TYPE_CODES
 from engines.kernels.reference import AttentionBatch
 
 __all__ = [
     "AttentionBatch",
+    "NativeStatus",
     "PackedLinear",
     "add_rms_norm",
     "gumbel_noise",
     "linear",
     "mla_attention",
+    "native_status",
     "pack_linear",
     "paged_attention",
     "rms_norm",
@@ -31,39 +37,80 @@ __all__ = [
 ]
 
 
+_native = shared_native()
+INVARIANT_ROWS = 8
+"""Without the library, float32 products on the CPU run on a multiple of so many rows: below it BLAS picks another
+kernel, and a row's last bits, by the number of rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
     """A weight in the layout that ``linear`` reads."""
 
     weight: torch.Tensor
+    layout: Literal["plain", "panels", "onednn"]
+    """(out, in) as it is, the native library's panels, or oneDNN's own blocks."""
     out_features: int
     in_features: int
 
 
 def pack_linear(weight: torch.Tensor) -> PackedLinear:
     """(out, in) weight -> what ``linear`` takes; the caller may drop the plain weight."""
-    return PackedLinear(weight, weight.shape[0], weight.shape[1])
+    out_features, in_features = weight.shape
+    if _native is not None and weight.is_cpu and weight.dtype is torch.float32:
+        return PackedLinear(_native.pack_panels(weight.contiguous()), "panels", out_features, in_features)
+    if weight.is_cpu and weight.dtype is torch.bfloat16 and _has_onednn_bfloat16():
+        blocks = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        return PackedLinear(blocks, "onednn", out_features, in_features)
+    return PackedLinear(weight, "plain", out_features, in_features)
+
+
+def _has_onednn_bfloat16() -> bool:
+    """Whether torch can lay out weights for oneDNN once; by itself it does so again in every product."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(T, in) -> (T, out)."""
+    if packed.layout == "panels" and _native is not None:
+        return _native.linear(x if x.stride(1) == 1 else x.contiguous(), packed.weight, packed.out_features, bias)
+    if packed.layout == "onednn":
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], "")
+        return result
+    missing = -x.shape[0] % INVARIANT_ROWS
+    if missing and x.is_cpu and x.dtype is torch.float32:
+        padded = functional.linear(functional.pad(x, (0, 0, 0, missing)), packed.weight, bias)
+        return padded[: x.shape[0]]
     return functional.linear(x, packed.weight, bias)
 
 
+def _fits_native(*tensors: torch.Tensor) -> bool:
+    """Whether all lie on the CPU in one type that the library knows, with a contiguous last dimension."""
+    dtype = tensors[0].dtype
+    return dtype in TYPE_CODES and all(x.is_cpu and x.dtype is dtype and x.stride(-1) == 1 for x in tensors)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm over the last dimension, in float32, rounded once to x's dtype."""
+    """RMS norm over the last dimension of (T, D) or (T, H, D), in float32, rounded once to x's dtype."""
+    if _native is not None and x.dim() in (2, 3) and _fits_native(x, weight):
+        return _native.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x + residual`` and its rms norm: (normed, new residual). The inputs stay as they are."""
+    """``x + residual`` of (T, D) and its rms norm: (normed, new residual). The inputs stay as they are."""
+    if _native is not None and x.dim() == 2 and residual.is_contiguous() and _fits_native(x, residual, weight):
+        return _native.add_rms_norm(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """(T, 2I) -> (T, I): ``silu(gate) * up`` with the gate in the first half."""
+    if _native is not None and gate_up.dim() == 2 and _fits_native(gate_up):
+        return _native.silu_mul(gate_up)
     return reference.silu_mul(gate_up)
 
 
@@ -72,23 +119,33 @@ def rope_(
 ) -> None:
     """Rotate the first ``rope_dim`` dimensions of (T, Hq, D) and (T, Hk, D) in place.
 
-    ``cos_sin`` is (max_pos, rope_dim) float32: cosines in the first half, sines in the second. Pairs are
+    ``cos_sin`` is contiguous (max_pos, rope_dim) float32: cosines in the first half, sines in the second. Pairs are
     (i, i + rope_dim/2), or (2i, 2i+1) where ``interleaved``.
     """
-    reference.rope_(queries, keys, positions, cos_sin, interleaved)
+    if _native is not None and _fits_native(queries, keys):
+        _native.rope_(queries, keys, positions, cos_sin, interleaved)
+    else:
+        reference.rope_(queries, keys, positions, cos_sin, interleaved)
 
 
 def write_kv(
     keys: torch.Tensor, values: torch.Tensor, cache: tuple[torch.Tensor, ...], cache_slots: torch.Tensor
 ) -> None:
     """Write (T, Hk, D) keys and values into the (blocks, block_size, Hk, D) caches at (T,) slots."""
-    reference.write_cache(keys, cache[0], cache_slots)
-    reference.write_cache(values, cache[1], cache_slots)
+    _write_cache(keys, cache[0], cache_slots)
+    _write_cache(values, cache[1], cache_slots)
 
 
 def write_latent(latent: torch.Tensor, cache: tuple[torch.Tensor, ...], cache_slots: torch.Tensor) -> None:
     """Write (T, C) latents into the (blocks, block_size, C) cache at (T,) slots."""
-    reference.write_cache(latent, cache[0], cache_slots)
+    _write_cache(latent, cache[0], cache_slots)
+
+
+def _write_cache(entries: torch.Tensor, cache: torch.Tensor, cache_slots: torch.Tensor) -> None:
+    if _native is not None and _fits_native(entries) and cache.dtype in TYPE_CODES:
+        _native.write_cache(entries, cache, cache_slots)
+    else:
+        reference.write_cache(entries, cache, cache_slots)
 
 
 def paged_attention(
@@ -116,11 +173,15 @@ def mla_attention(
 def _attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: AttentionBatch, scale: float
 ) -> torch.Tensor:
-    if queries.device.type == "cpu":
+    if _native is not None and _fits_native(queries) and keys.dtype in TYPE_CODES:
+        return _native.attention(queries, keys, values, batch, scale)
+    if queries.is_cpu:
         return reference.attention(queries, keys, values, batch, scale)
     return reference.padded_attention(queries, keys, values, batch, scale)
 
 
 def gumbel_noise(seeds: torch.Tensor, choices: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
     """(R,) int64 seeds, choices and output positions -> (R, vocab) float32 noise; the same on every backend."""
+    if _native is not None and seeds.is_cpu:
+        return _native.gumbel_noise(seeds.contiguous(), choices.contiguous(), positions.contiguous(), vocab)
     return reference.gumbel_noise(seeds, choices, positions, vocab)

@@ -1,0 +1,153 @@
+"""Builds an engine's model and memory, in this order: weights, threads and step size, workspace, KV."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engines.generation import kv_cache
+from engines.generation.memory import KvSize, kv_bytes, measure_workspace, size_kv
+from engines.generation.placement import Placement, choose_placement, dtype_name
+from engines.generation.probe import Probe
+from engines.generation.runner import StepRunner
+from engines.generation.threads import ThreadGovernor, available_cores, best_time, choose_threads
+from engines.manifest import Manifest, read_manifest
+from engines.models.loader import load_model
+from engines.models.model import Model
+from engines.protocol import Capacity, EngineInfo, EngineLoadError, EngineSpec, LoadProgress, ReportProgress
+
+CPU_ROWS, GPU_ROWS = 64, 256
+GPU_STEP_TOKENS = 8192
+CPU_STEP_TOKENS = (512, 256, 128)
+"""Step sizes to choose from on the CPU, the largest whose step stays under ``CPU_STEP_SECONDS``."""
+CPU_STEP_SECONDS = 0.5
+"""A prompt's chunk holds up every running stream for one step, and a cancel too."""
+PROBE_TOKENS = 64
+"""Prompt tokens of the step that stands for prefill when threads and step size are chosen."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    runner: StepRunner
+    info: EngineInfo
+    capacity: Capacity
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    max_rows: int
+    step_tokens: int
+    workspace: int
+    """Bytes that the largest step needs beside weights and KV."""
+    governor: ThreadGovernor | None
+
+
+def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -> Loaded:
+    """Load the model and lay out all memory, in the calling thread, which is then the one that may run steps.
+
+    Raises EngineLoadError.
+    """
+    started = clock()
+    manifest = read_manifest(Path(spec.source), spec.random_weights is not None)
+    model_len = _model_len(spec, manifest)
+    placement = choose_placement(spec, manifest.dtype)
+    cores = available_cores()
+    torch.set_num_threads(spec.threads or cores)
+    if placement.device.type == "cuda":
+        torch.cuda.set_device(placement.device)
+    try:
+        model = load_model(manifest, spec, placement.device, placement.dtype, report)
+        report(LoadProgress(phase="measure"))
+        measured = _measure(spec, model, placement, model_len, clock)
+        size = _size_kv(spec, model, placement, model_len, measured)
+        report(LoadProgress(phase="allocate"))
+        caches = kv_cache.allocate(
+            model.kv_layout, size.blocks, kv_cache.BLOCK_SIZE, placement.kv_dtype, placement.device
+        )
+        capacity = Capacity(
+            blocks=size.blocks,
+            block_size=kv_cache.BLOCK_SIZE,
+            max_rows=measured.max_rows,
+            max_step_tokens=measured.step_tokens,
+            max_model_len=size.max_model_len,
+        )
+        runner = StepRunner(model, caches, capacity, placement.device, clock, measured.governor)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EngineLoadError(
+            f"{spec.name}: the model does not fit in memory; use a 16-bit --dtype or a smaller model"
+        ) from error
+    info = EngineInfo(
+        name=spec.name,
+        fingerprint=_fingerprint(spec, manifest, placement),
+        device=str(placement.device),
+        dtype=dtype_name(placement.dtype),
+        kv_dtype=dtype_name(placement.kv_dtype),
+        weight_bytes=model.weight_bytes,
+        kv_bytes=size.blocks * kv_cache.block_bytes(model.kv_layout, kv_cache.BLOCK_SIZE, placement.kv_dtype),
+        threads=torch.get_num_threads(),
+        load_seconds=clock() - started,
+        vocab_size=model.vocab_size,
+    )
+    return Loaded(runner, info, capacity)
+
+
+def _model_len(spec: EngineSpec, manifest: Manifest) -> int:
+    if spec.max_model_len is None:
+        return manifest.max_context
+    if not 1 <= spec.max_model_len <= manifest.max_context:
+        raise EngineLoadError(
+            f"{spec.name}: --max-model-len {spec.max_model_len} is not within 1 and the model's context of "
+            f"{manifest.max_context} tokens"
+        )
+    return spec.max_model_len
+
+
+def _measure(
+    spec: EngineSpec, model: Model, placement: Placement, model_len: int, clock: Callable[[], float]
+) -> _Measured:
+    """Chooses threads and the size of the largest step, and runs that step to see what memory it needs."""
+    on_cpu = placement.device.type == "cpu"
+    max_rows = spec.max_batch or (CPU_ROWS if on_cpu else GPU_ROWS)
+    step_tokens = spec.max_step_tokens or (CPU_STEP_TOKENS[0] if on_cpu else GPU_STEP_TOKENS)
+    longest = min(model_len, step_tokens)
+    probe = Probe(model, max_rows, longest, placement.kv_dtype, placement.device, clock)
+    governor = None
+    if on_cpu and spec.threads is None:
+        threads, cost = choose_threads(cores := available_cores(), probe.prompt, 1, min(PROBE_TOKENS, longest), clock)
+        governor = ThreadGovernor(cores, threads, cost, clock)
+    if on_cpu and spec.max_step_tokens is None:
+        tokens = min(PROBE_TOKENS, longest)
+        step_tokens = choose_step_tokens(best_time(lambda: probe.prompt(tokens), clock) / tokens)
+    step_tokens = max(step_tokens, max_rows)
+    workspace = measure_workspace(placement.device, lambda: probe.largest_step(max_rows, step_tokens))
+    return _Measured(max_rows, step_tokens, workspace, governor)
+
+
+def choose_step_tokens(token_seconds: float) -> int:
+    """The CPU's step size for a model that takes so long for one prompt token."""
+    fitting = (tokens for tokens in CPU_STEP_TOKENS if tokens * token_seconds <= CPU_STEP_SECONDS)
+    return next(fitting, CPU_STEP_TOKENS[-1])
+
+
+def _size_kv(spec: EngineSpec, model: Model, placement: Placement, model_len: int, measured: _Measured) -> KvSize:
+    return size_kv(
+        spec.name,
+        available=kv_bytes(placement.device, spec.memory_limit, model.weight_bytes, measured.workspace),
+        block_bytes=kv_cache.block_bytes(model.kv_layout, kv_cache.BLOCK_SIZE, placement.kv_dtype),
+        block_size=kv_cache.BLOCK_SIZE,
+        max_rows=measured.max_rows,
+        model_len=model_len,
+        asked=spec.max_model_len,
+    )
+
+
+def _fingerprint(spec: EngineSpec, manifest: Manifest, placement: Placement) -> str:
+    parts = (manifest.fingerprint, dtype_name(placement.dtype), dtype_name(placement.kv_dtype), spec.random_weights)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,0 +1,110 @@
+/* The native CPU kernels: argument blocks, the table that each instruction-set variant fills, and the task queue. */
+#ifndef SLIMSERVE_KERNELS_H
+#define SLIMSERVE_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Element types; the numbers are shared with native.py. */
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
+typedef struct {
+    const float *x; /* (rows, depth), row stride x_stride */
+    int64_t x_stride;
+    const float *panels; /* (ceil(columns / width), depth, width) */
+    const float *bias;   /* (columns) or NULL */
+    float *out;          /* (rows, columns) contiguous */
+    float *packed_rows;  /* workspace: ceil(rows / tile rows) * depth * vector lanes floats; unused for one row */
+    int64_t rows, depth, columns;
+    int threads;
+} LinearCall;
+
+typedef struct {
+    const void *queries; /* (tokens, query heads, head_dim), strides in elements */
+    int64_t query_token_stride, query_head_stride;
+    const void *keys, *values; /* (blocks, block_size, kv heads, width), strides in elements */
+    int64_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;
+    void *out; /* (tokens, query heads, value_dim) contiguous */
+    const int64_t *positions;
+    const int32_t *query_starts, *block_tables;
+    int64_t table_stride, block_size, rows, query_heads, kv_heads, head_dim, value_dim;
+    void *workspace; /* slim_attention_workspace() bytes, 64-byte aligned */
+    float scale;
+    int query_type, cache_type, threads;
+} AttentionCall;
+
+typedef struct {
+    const void *x; /* (outer, inner, width), strides in elements */
+    int64_t outer_stride, inner_stride;
+    const void *residual; /* (outer * inner, width) contiguous, or NULL */
+    const void *weight;   /* (width) */
+    void *total;          /* x + residual, or NULL */
+    void *out;            /* (outer * inner, width) contiguous */
+    int64_t outer, inner, width;
+    float eps;
+    int type, threads;
+} NormCall;
+
+typedef struct {
+    const void *gate_up; /* (rows, 2 * width), row stride in elements */
+    int64_t stride;
+    void *out; /* (rows, width) contiguous */
+    int64_t rows, width;
+    int type, threads;
+} SiluCall;
+
+typedef struct {
+    void *heads[2]; /* queries, keys: (tokens, head_count, >= rope_dim), strides in elements */
+    int64_t token_stride[2], head_stride[2], head_count[2];
+    const int64_t *positions;
+    const float *cos_sin; /* (max_pos, rope_dim): cosines, then sines */
+    int64_t tokens, rope_dim;
+    int interleaved, type, threads;
+} RopeCall;
+
+typedef struct {
+    const void *entries; /* (tokens, heads, width), strides in elements */
+    int64_t token_stride, head_stride;
+    void *cache; /* (slots, heads, width) contiguous */
+    const int64_t *slots;
+    int64_t tokens, heads, width;
+    int entry_type, cache_type;
+} CacheWriteCall;
+
+typedef struct {
+    const int64_t *seeds, *choices, *positions;
+    float *out; /* (rows, vocab) contiguous */
+    int64_t rows, vocab;
+    int threads;
+} GumbelCall;
+
+/* One instruction-set variant. */
+typedef struct {
+    int64_t lanes;       /* floats in a vector */
+    int64_t panel_width; /* output columns in a weight panel */
+    int64_t tile_rows;   /* rows of x that one pass over a panel serves */
+    void (*pack_panels)(const float *weight, int64_t stride, int64_t columns, int64_t depth, float *panels, int threads);
+    void (*linear)(const LinearCall *call);
+    int64_t (*attention_workspace)(int64_t rows, int64_t head_dim, int64_t value_dim, int threads);
+    void (*attention)(const AttentionCall *call);
+    void (*norm)(const NormCall *call);
+    void (*silu_mul)(const SiluCall *call);
+    void (*rope)(const RopeCall *call);
+    void (*write_cache)(const CacheWriteCall *call);
+    void (*gumbel)(const GumbelCall *call);
+} KernelTable;
+
+extern const KernelTable slim_kernels_base;
+#if defined(__x86_64__)
+extern const KernelTable slim_kernels_avx2;
+extern const KernelTable slim_kernels_avx512;
+#endif
+
+/* Does one item; ``worker`` < threads is the same for no two items that run at once. */
+typedef void (*TaskBody)(const void *context, int64_t item, int worker);
+
+/* Runs items 0 .. items-1, each once, on up to ``threads`` threads. No result may depend on which thread runs an
+ * item, or when. */
+void slim_parallel_for(int64_t items, int threads, TaskBody body, const void *context);
+
+#endif

@@ -1,0 +1,110 @@
+"""Finds the native CPU library, loads it with ctypes and gives it torch's threads."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+VARIANTS = ("avx512", "avx2", "base")
+"""Instruction sets, best first."""
+TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+"""Element types, numbered as in kernels.h."""
+
+
+class AttentionCall(ctypes.Structure):
+    """``AttentionCall`` of kernels.h."""
+
+    _fields_ = [
+        ("queries", c_void_p),
+        ("query_token_stride", c_int64),
+        ("query_head_stride", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("key_token_stride", c_int64),
+        ("key_head_stride", c_int64),
+        ("value_token_stride", c_int64),
+        ("value_head_stride", c_int64),
+        ("out", c_void_p),
+        ("positions", c_void_p),
+        ("query_starts", c_void_p),
+        ("block_tables", c_void_p),
+        ("table_stride", c_int64),
+        ("block_size", c_int64),
+        ("rows", c_int64),
+        ("query_heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("value_dim", c_int64),
+        ("workspace", c_void_p),
+        ("scale", c_float),
+        ("query_type", c_int),
+        ("cache_type", c_int),
+        ("threads", c_int),
+    ]
+
+
+_TYPE_AND_THREADS: list[type] = [c_int, c_int]
+_SIGNATURES: dict[str, list[type]] = {
+    "slim_panel_width": [],
+    "slim_linear_workspace": [c_int64, c_int64],
+    "slim_pack_panels": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "slim_linear": [c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3, c_int],
+    "slim_attention_workspace": [c_int64, c_int64, c_int64, c_int],
+    "slim_attention": [c_void_p],
+    "slim_norm": [c_void_p, c_int64, c_int64, *[c_void_p] * 4, *[c_int64] * 3, c_float, *_TYPE_AND_THREADS],
+    "slim_silu_mul": [c_void_p, c_int64, c_void_p, c_int64, c_int64, *_TYPE_AND_THREADS],
+    "slim_rope": [*[c_void_p, *[c_int64] * 3] * 2, c_void_p, c_void_p, c_int64, c_int64, c_int, *_TYPE_AND_THREADS],
+    "slim_write_cache": [c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 3, c_int, c_int],
+    "slim_gumbel": [*[c_void_p] * 4, c_int64, c_int64, c_int],
+}
+"""Exported functions and their arguments after the first, the table of kernels."""
+
+
+class NativeUnavailable(Exception):
+    """Why this machine runs the torch reference instead."""
+
+
+def _openmp_parallel() -> int:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch has loaded.
+
+    A second runtime would bring a second team of threads that fights the first for the cores.
+    """
+    folder = Path(torch.__file__).parent
+    mapped = {line.split(maxsplit=5)[5].strip() for line in _memory_maps() if line.count("/") and "omp" in line}
+    found = [path for path in sorted(mapped) if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))]
+    found.sort(key=lambda path: folder not in Path(path).parents)
+    for path in found:
+        runtime = ctypes.CDLL(path)
+        if hasattr(runtime, "GOMP_parallel"):
+            return ctypes.cast(runtime.GOMP_parallel, c_void_p).value or 0
+    raise NativeUnavailable("no OpenMP runtime of torch's to share")
+
+
+def _memory_maps() -> list[str]:
+    try:
+        return Path("/proc/self/maps").read_text().splitlines()
+    except OSError as error:
+        raise NativeUnavailable("the process cannot see its own memory map") from error
+
+
+def load_library() -> ctypes.CDLL:
+    """The library with every function's types set, on torch's team of threads. Raises NativeUnavailable."""
+    spec = importlib.util.find_spec("engines.kernels.native._kernels")
+    if spec is None or spec.origin is None:
+        raise NativeUnavailable("the library was not built (no C compiler when the package was installed)")
+    try:
+        library = ctypes.CDLL(spec.origin)
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes = [c_void_p, *arguments]
+            function.restype = c_int64 if name.endswith(("width", "workspace")) else None
+        library.slim_kernels.argtypes, library.slim_kernels.restype = [c_char_p], c_void_p
+        library.slim_share_threads.argtypes, library.slim_share_threads.restype = [c_void_p], None
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailable("the library does not load: it was built for another machine or version") from error
+    library.slim_share_threads(_openmp_parallel())
+    return library

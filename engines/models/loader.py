@@ -1,0 +1,107 @@
+"""From a manifest to a model on a device: every parameter filled and every tensor used, or an error that names it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+
+from engines.manifest import Manifest
+from engines.models import decoder, deepseek
+from engines.models.config import DeepseekConfig, ModelConfig, parse_config
+from engines.models.gguf_reader import GgufReader
+from engines.models.layers import ModelBuilder
+from engines.models.memory import require_memory
+from engines.models.model import Model
+from engines.models.rope import cos_sin_table, table_bytes
+from engines.models.safetensors_reader import SafetensorsReader
+from engines.models.weights import CountingSource, FileSource, Placement, RandomSource, TensorReader
+from engines.protocol import EngineLoadError, EngineSpec, LoadProgress, ReportProgress
+from engines.quant.dense import DenseMethod
+
+__all__ = ["Model", "load_model"]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def load_model(
+    manifest: Manifest,
+    spec: EngineSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: ReportProgress,
+    rank: int = 0,
+    world: int = 1,
+) -> Model:
+    """Load the weights, or this rank's part of them: heads, MLP widths and experts are shared out.
+
+    With ``spec.random_weights`` no file is read. Raises EngineLoadError for a config that is not supported, weights
+    that do not fit it, and a model larger than the memory, which is refused before anything is allocated.
+    """
+    config = parse_config(manifest)
+    placement = Placement(device=device, dtype=dtype, rank=rank, world=world)
+    positions = min(manifest.max_context, spec.max_model_len or manifest.max_context)
+    counter = CountingSource(placement)
+    needed = build_model(config, counter, positions).weight_bytes
+    require_memory(spec.name, needed, dtype, device, spec.memory_limit)
+    if spec.random_weights is not None:
+        return build_model(config, RandomSource(placement, spec.random_weights), positions)
+    source = FileSource(placement, _open(manifest), report, counter.taken_bytes)
+    model = build_model(config, source, positions)
+    if config.tied_head and HEAD in source.reader.shapes:
+        _check_tied(source, model)
+    source.finish(_ignorable(config))
+    report(LoadProgress(phase="read", done=counter.taken_bytes, total=counter.taken_bytes))
+    return model
+
+
+def _open(manifest: Manifest) -> TensorReader:
+    if manifest.format == "gguf":
+        return GgufReader(manifest.files[0], manifest.config["head_dim"])
+    return SafetensorsReader(manifest.files)
+
+
+def build_model(config: ModelConfig, source: CountingSource | RandomSource | FileSource, positions: int) -> Model:
+    """Make the model of one weight source; ``positions`` is the longest sequence in tokens."""
+    builder = ModelBuilder(source, DenseMethod())
+    shape = (config.vocab, config.hidden)
+    embedding = builder.tensor(EMBEDDING, shape)
+    cos_sin = cos_sin_table(config.rope, 1 if builder.counting else positions, source.device)
+    if isinstance(config, DeepseekConfig):
+        layers, layout = deepseek.build_layers(config, builder, cos_sin), deepseek.kv_layout(config)
+    else:
+        layers, layout = decoder.build_layers(config, builder, cos_sin), decoder.kv_layout(config, builder)
+    head = builder.plain(embedding if config.tied_head else builder.tensor(HEAD, shape))
+    # On the CPU a tied head is a second, packed copy.
+    copied = embedding.nbytes if config.tied_head and source.placement.device.type == "cpu" else 0
+    return Model(
+        embedding=embedding,
+        layers=layers,
+        final_norm=builder.tensor("model.norm.weight", (config.hidden,)),
+        head=head,
+        eps=config.eps,
+        kv_layout=layout,
+        vocab_size=config.vocab,
+        max_context=positions,
+        weight_bytes=source.taken_bytes + copied + table_bytes(config.rope, positions),
+    )
+
+
+def _check_tied(source: FileSource, model: Model) -> None:
+    """Some checkpoints store the tied head a second time; it must then be the same."""
+    if not torch.equal(source.take(HEAD, tuple(model.embedding.shape), "none"), model.embedding):
+        raise EngineLoadError(
+            f"tensor {HEAD} differs from {EMBEDDING}, but the config ties them; set tie_word_embeddings to false"
+        )
+
+
+def _ignorable(config: ModelConfig) -> Callable[[str], bool]:
+    """Tensors that a file may hold without being used: old checkpoints store rope frequencies, which follow from the
+    config, and DeepSeek-V3 appends layers for multi-token prediction (MTP), which plain decoding never runs."""
+    patterns = [r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"]
+    if isinstance(config, DeepseekConfig):
+        extra = range(config.layers, config.layers + config.mtp_layers)
+        patterns += [rf"model\.layers\.{index}\..+" for index in extra]
+    compiled = re.compile("|".join(patterns))
+    return lambda name: compiled.fullmatch(name) is not None

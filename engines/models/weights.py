@@ -1,0 +1,143 @@
+"""Weight sources: files, random numbers, or nothing at all where only the bytes are counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engines.protocol import EngineLoadError, LoadProgress, ReportProgress
+from engines.quant.base import Split
+
+PROGRESS_STEPS = 100
+EMBEDDING_STD = 0.02
+"""Of random embeddings and biases; random matrices keep the size of what goes through them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where tensors go and which part of them."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+
+class TensorReader(Protocol):
+    """The files of one model."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of all tensors, by their names in a Hugging Face checkpoint."""
+
+    def read(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        """That part of the tensor, on the CPU in any floating type; it may share the file's memory."""
+
+
+class _Source:
+    """What all sources share: the placement and the count of bytes."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.device = placement.device
+        self.rank = placement.rank
+        self.world = placement.world
+        self.taken_bytes = 0
+
+    def counted(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.taken_bytes += tensor.nbytes
+        return tensor
+
+    def part(self, name: str, shape: tuple[int, ...], split: Split) -> tuple[slice, ...]:
+        """This rank's slice of each axis. Raises EngineLoadError if the split axis cannot be shared evenly."""
+        axes = [slice(0, extent) for extent in shape]
+        if split != "none" and self.world > 1:
+            axis = 0 if split == "out" else len(shape) - 1
+            share, rest = divmod(shape[axis], self.world)
+            if rest:
+                raise EngineLoadError(f"tensor {name} of shape {shape} cannot be shared by {self.world} devices evenly")
+            axes[axis] = slice(self.rank * share, (self.rank + 1) * share)
+        return tuple(axes)
+
+
+class CountingSource(_Source):
+    """Tensors without bytes on the ``meta`` device."""
+
+    def __init__(self, placement: Placement) -> None:
+        super().__init__(placement)
+        self.device = torch.device("meta")
+
+    def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
+        extents = [axis.stop - axis.start for axis in self.part(name, shape, split)]
+        return self.counted(torch.empty(extents, dtype=dtype or self.placement.dtype, device=self.device))
+
+    def skip(self, name: str) -> None:
+        """Nothing to do: there are no files."""
+
+
+class RandomSource(_Source):
+    """Each tensor from its own seed, made on the device. The same on one kind of device, whatever the rank."""
+
+    def __init__(self, placement: Placement, seed: int) -> None:
+        super().__init__(placement)
+        self.seed = seed
+
+    def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
+        whole = torch.empty(shape, dtype=dtype or self.placement.dtype, device=self.device)
+        if len(shape) == 1 and name.endswith("norm.weight"):
+            whole.fill_(1)
+        else:
+            digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+            generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8], "little"))
+            keeps_size = len(shape) > 1 and not name.endswith("embed_tokens.weight")
+            whole.normal_(0, shape[-1] ** -0.5 if keeps_size else EMBEDDING_STD, generator=generator)
+        part = whole[self.part(name, shape, split)]
+        return self.counted(whole if part.shape == whole.shape else part.clone())
+
+    def skip(self, name: str) -> None:
+        """Nothing to do: there are no files."""
+
+
+class FileSource(_Source):
+    """Strict: ``finish`` fails unless every tensor of the files was taken or skipped."""
+
+    def __init__(self, placement: Placement, reader: TensorReader, report: ReportProgress, total: int) -> None:
+        """``total``: bytes that all takes together will give, for the progress reports."""
+        super().__init__(placement)
+        self.reader = reader
+        self.report = report
+        self.total = total
+        self.reported = 0
+        self.used: set[str] = set()
+
+    def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
+        stored = self.reader.shapes.get(name)
+        if stored is None:
+            raise EngineLoadError(f"tensor {name} is missing in the model's files; fetch the model again")
+        if stored != shape:
+            raise EngineLoadError(f"tensor {name} has shape {stored} where the config asks for {shape}")
+        self.used.add(name)
+        part = self.reader.read(name, self.part(name, shape, split))
+        tensor = part.to(self.device, dtype or self.placement.dtype, copy=True).contiguous()
+        self.counted(tensor)
+        if self.taken_bytes - self.reported > self.total // PROGRESS_STEPS:
+            self.reported = self.taken_bytes
+            self.report(LoadProgress(phase="read", done=min(self.taken_bytes, self.total), total=self.total))
+        return tensor
+
+    def skip(self, name: str) -> None:
+        self.used.add(name)
+
+    def finish(self, ignorable: Callable[[str], bool]) -> None:
+        """Raises EngineLoadError, naming up to three, if tensors were not used and are not ``ignorable``."""
+        rest = sorted(name for name in self.reader.shapes.keys() - self.used if not ignorable(name))
+        if rest:
+            more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+            raise EngineLoadError(
+                f"the model's files hold tensors that its architecture does not use: {', '.join(rest[:3])}{more}; "
+                "config and weights do not belong together, or the architecture is a variant that is not supported"
+            )

@@ -1,0 +1,213 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import msgspec
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
+
+from engines.protocol import TokenLogprobs
+from server.api.body import api_state, json_response, read_body
+from server.api.choices import Delta, TextOptions
+from server.api.generation import (
+    Generation,
+    check_token_ids,
+    find_model,
+    off_loop,
+    output_limit,
+    run_to_end,
+    sampling_params,
+)
+from server.api.replies import LOWEST_LOGPROB, FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
+from server.api.schemas import MAX_CHOICES, MAX_PROMPTS, CompletionBody
+from server.api.sse import EventStream, event
+from server.api.state import ApiState, ServedModel
+from server.errors import InvalidRequest
+from server.requests import Request
+from server.text import ModelText
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    ids: list[int]
+    text: str = ""
+    """Only where it is echoed, like ``offsets``."""
+    offsets: tuple[int, ...] = ()
+    """Where each token's text begins in ``text``, in characters."""
+
+
+async def completions(http_request: HttpRequest) -> Response:
+    state = api_state(http_request)
+    arrived = state.clock()
+    body = await read_body(http_request, CompletionBody)
+    model = find_model(state, body.model)
+    prompts = await off_loop(state, read_prompts, body, model)
+    options = TextOptions(body.stops, skip_special_tokens=body.skip_special_tokens is not False)
+    generation = Generation(state, model, _requests(state, body, model, prompts, arrived), options)
+    shape = CompletionShape(generation, prompts, body)
+    if body.stream:
+        return EventStream(generation, shape, state.settings.keep_alive)
+    whole = await run_to_end(generation, http_request.receive)
+    choices = [shape.choice(index, delta) for index, delta in enumerate(whole)]
+    return json_response(shape.frame(choices, generation.usage))
+
+
+def read_prompts(body: CompletionBody, model: ServedModel) -> list[Prompt]:
+    """Tokenize, or check the ids that were given. Blocks. Raises InvalidRequest."""
+    inputs = _as_list(body.prompt)
+    if len(inputs) * body.choices > max(MAX_PROMPTS, MAX_CHOICES):
+        raise InvalidRequest(f"At most {max(MAX_PROMPTS, MAX_CHOICES)} choices over all prompts", param="n")
+    return [_read_prompt(each, body, model) for each in inputs]
+
+
+def _as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return cast(Sequence[str | list[int]], prompt)
+
+
+def _read_prompt(given: str | list[int], body: CompletionBody, model: ServedModel) -> Prompt:
+    if isinstance(given, str):
+        ids = model.text.encode(given, body.add_special_tokens is not False, max_tokens=model.max_model_len)
+    else:
+        ids = given
+        check_token_ids(ids, model, "prompt")
+    if not body.echo:
+        return Prompt(ids)
+    text = given if isinstance(given, str) else model.text.decode(ids)
+    return Prompt(ids, text, _offsets(ids, model.text) if body.logprobs is not None else ())
+
+
+def _offsets(ids: Sequence[int], text: ModelText) -> tuple[int, ...]:
+    detokenizer = text.detokenizer(skip_special_tokens=False)
+    offsets = []
+    length = 0
+    for token in ids:
+        offsets.append(length)
+        length += len(detokenizer.push([token]))
+    return tuple(offsets)
+
+
+def _requests(
+    state: ApiState, body: CompletionBody, model: ServedModel, prompts: Sequence[Prompt], arrived: float
+) -> list[Request]:
+    sampling = sampling_params(body, model, body.logprobs)
+    return [
+        Request(
+            id=state.next_request_id(),
+            model=model.name,
+            prompt=prompt.ids,
+            max_tokens=output_limit(model, len(prompt.ids), body.max_tokens, DEFAULT_MAX_TOKENS, body.min_tokens),
+            sampling=sampling,
+            arrived=arrived,
+            prompt_logprobs=body.logprobs if body.echo else None,
+            cache_salt=body.cache_salt or "",
+        )
+        for prompt in prompts
+    ]
+
+
+class CompletionShape:
+    """Whole answers and stream events of text completions, which have one shape."""
+
+    def __init__(self, generation: Generation, prompts: Sequence[Prompt], body: CompletionBody) -> None:
+        self._generation = generation
+        self._prompts = prompts
+        self._echo = bool(body.echo)
+        self._logprobs = body.logprobs
+        self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        self._id = f"cmpl-{secrets.token_hex(12)}"
+        self._opened: dict[int, list[TokenLogprobs]] = {}
+        """Prompt log probabilities that came so far, by choice; in a stream they may come in pieces."""
+        self._echoed: set[int] = set()
+
+    def events(self, index: int, delta: Delta) -> bytes:
+        if self._echo and index not in self._echoed:
+            so_far = self._opened.setdefault(index, [])
+            so_far += delta.prompt_logprobs
+            missing = self._logprobs is not None and len(so_far) < len(self._prompt(index).ids) - 1
+            if missing and not (delta.content or delta.finish):
+                return b""
+            delta.prompt_logprobs = so_far
+        choice = self.choice(index, delta)
+        if not (choice.text or choice.finish_reason or delta.logprobs):
+            return b""
+        return event(msgspec.json.encode(self.frame([choice], None)))
+
+    def usage(self) -> bytes:
+        frame = self.frame([], self._generation.usage)
+        return event(msgspec.json.encode(frame)) if self._with_usage else b""
+
+    def choice(self, index: int, delta: Delta) -> TextChoice:
+        """What is new of one choice; the first time with the prompt before it where that is echoed."""
+        echo = self._echo and index not in self._echoed
+        self._echoed.add(index)
+        text = self._prompt(index).text + delta.content if echo else delta.content
+        finish: FinishReason | None = delta.finish or None
+        return TextChoice(index, text, self._text_logprobs(index, delta, echo), finish)
+
+    def frame(self, choices: list[TextChoice], usage: Usage | None) -> TextCompletion:
+        generation = self._generation
+        return TextCompletion(
+            self._id,
+            "text_completion",
+            generation.created,
+            generation.model.name,
+            generation.fingerprint,
+            choices,
+            msgspec.UNSET if usage is None and not self._with_usage else usage,
+        )
+
+    def _prompt(self, index: int) -> Prompt:
+        return self._prompts[index // (len(self._generation.choices) // len(self._prompts))]
+
+    def _text_logprobs(self, index: int, delta: Delta, echo: bool) -> TextLogprobs | None:
+        if self._logprobs is None:
+            return None
+        text = self._generation.model.text
+        prompt = self._prompt(index)
+        table = TextLogprobs([], [], [], [])
+        if echo:
+            for position, token in enumerate(prompt.ids):
+                entry = delta.prompt_logprobs[position - 1] if position else None
+                _add_row(table, text, token, entry, prompt.offsets[position])
+        base = len(prompt.text)
+        for logged in delta.logprobs:
+            _add_row(table, text, logged.id, logged.entry, base + logged.offset)
+        return table
+
+
+def _add_row(table: TextLogprobs, text: ModelText, token: int, entry: TokenLogprobs | None, offset: int) -> None:
+    """``entry`` is None for the first token of a prompt, which nothing predicts."""
+    name = _name(text, token)
+    table.tokens.append(name)
+    table.text_offset.append(offset)
+    if entry is None:
+        table.token_logprobs.append(None)
+        table.top_logprobs.append(None)
+        return
+    logprob = max(entry.logprob, LOWEST_LOGPROB)
+    best = {
+        _name(text, each): max(value, LOWEST_LOGPROB)
+        for each, value in zip(entry.top_ids, entry.top_logprobs, strict=True)
+    }
+    table.token_logprobs.append(logprob)
+    table.top_logprobs.append({name: logprob} | best)
+
+
+def _name(text: ModelText, token: int) -> str:
+    """Tokens that are no whole characters are told by their bytes, so that two of them do not look the same."""
+    raw = text.token_bytes(token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

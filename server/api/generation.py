@@ -1,0 +1,195 @@
+"""What chat and text completions share: building requests, sending them, and reading the replies as text."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+from engines.protocol import SamplingParams
+from server.api.choices import ChoiceText, Delta, TextOptions
+from server.api.exchange import Exchange
+from server.api.replies import CompletionTokensDetails, PromptTokensDetails, Usage
+from server.api.schemas import GenerationBody
+from server.api.state import ApiState, ServedModel
+from server.errors import InternalError, InvalidRequest, ModelNotFound, SlimserveError
+from server.requests import ChoiceNews, Reply, Request
+
+T = TypeVar("T")
+
+_SEEDS = 1 << 64
+
+
+def find_model(state: ApiState, name: str | None) -> ServedModel:
+    """Raises ModelNotFound, or InvalidRequest where a name is needed to choose."""
+    if name is None:
+        if len(state.models) != 1:
+            raise InvalidRequest("model: several models are served, name one of them", param="model")
+        return next(iter(state.models.values()))
+    model = state.models.get(name)
+    if model is None:
+        raise ModelNotFound(
+            f"The model {name!r} is not served here. GET /v1/models lists those that are.", param="model"
+        )
+    return model
+
+
+async def off_loop(state: ApiState, work: Callable[..., T], *arguments: Any) -> T:
+    """Run what blocks (tokenizing, templates) in the bounded executor."""
+    return await asyncio.get_running_loop().run_in_executor(state.executor, work, *arguments)
+
+
+def sampling_params(body: GenerationBody, model: ServedModel, logprobs: int | None) -> tuple[SamplingParams, ...]:
+    """One entry a choice. Where the request is silent the model's own defaults apply, then OpenAI's."""
+    manifest = model.manifest
+    check_token_ids(body.stop_token_ids or (), model, "stop_token_ids")
+    bias = tuple(sorted((int(token), value) for token, value in (body.logit_bias or {}).items()))
+    check_token_ids((token for token, _ in bias), model, "logit_bias")
+
+    def pick(name: str, default: float) -> float:
+        given: float | None = getattr(body, name)
+        return manifest.sampling_defaults.get(name, default) if given is None else given
+
+    stop_ids = {*(body.stop_token_ids or ()), *(() if body.ignore_eos else manifest.eos_token_ids)}
+    seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed % _SEEDS
+    first = SamplingParams(
+        seed=seed,
+        temperature=pick("temperature", 1.0),
+        top_p=pick("top_p", 1.0),
+        top_k=max(int(pick("top_k", 0)), 0),
+        min_p=pick("min_p", 0.0),
+        repetition_penalty=pick("repetition_penalty", 1.0),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=bias,
+        logprobs=logprobs,
+        min_tokens=body.min_tokens or 0,
+        stop_token_ids=tuple(sorted(stop_ids)),
+    )
+    return tuple(_with_choice(first, choice) for choice in range(body.choices))
+
+
+def _with_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    fields = {name: getattr(params, name) for name in params.__struct_fields__}
+    return SamplingParams(**fields | {"choice": choice}) if choice else params
+
+
+def check_token_ids(ids: Iterable[int], model: ServedModel, param: str) -> None:
+    size = model.manifest.vocab_size
+    if (wrong := next((token for token in ids if token >= size), None)) is not None:
+        raise InvalidRequest(f"{param}: token id {wrong} is outside the vocabulary of {size} tokens", param=param)
+
+
+def output_limit(
+    model: ServedModel, prompt_tokens: int, asked: int | None, default: int | None, min_tokens: int | None
+) -> int:
+    """Most output tokens of each choice; raises InvalidRequest where prompt and output do not fit the context.
+
+    ``asked`` is the request's own limit; without it ``default`` applies as far as the context allows (None: all of it).
+    """
+    if not prompt_tokens:
+        raise InvalidRequest("The prompt is empty.", param="prompt")
+    room = model.max_model_len - prompt_tokens
+    context = f"The model's context is {model.max_model_len} tokens, but the prompt has {prompt_tokens}"
+    if room < 0 or (room == 0 and asked != 0):
+        raise InvalidRequest(f"{context}.", param="prompt", log="prompt too long")
+    if asked is not None and asked > room:
+        raise InvalidRequest(f"{context} and max_tokens asks for {asked} more.", param="max_tokens")
+    limit = asked if asked is not None else room if default is None else min(default, room)
+    if min_tokens is not None and min_tokens > limit:
+        raise InvalidRequest(f"min_tokens is {min_tokens}, but at most {limit} tokens come out.", param="min_tokens")
+    return limit
+
+
+class Generation:
+    """All choices of one HTTP request, numbered over its prompts: choice c of prompt p has index ``p * n + c``."""
+
+    def __init__(
+        self,
+        state: ApiState,
+        model: ServedModel,
+        requests: Sequence[Request],
+        options: TextOptions,
+    ) -> None:
+        self.model = model
+        self.requests = requests
+        self.created = int(state.wall_clock())
+        self.fingerprint = f"fp_{model.manifest.fingerprint[:12]}"
+        self.choices = [
+            ChoiceText(model.text, sampling, options) for request in requests for sampling in request.sampling
+        ]
+        self._state = state
+        self._per_request = len(requests[0].sampling)
+        self._replies: list[Reply] = []
+        self._unfinished = len(self.choices)
+
+    @property
+    def finished(self) -> bool:
+        return not self._unfinished
+
+    def start(self, receive: Receive, tick: float | None = None) -> Exchange:
+        """Send all requests; nothing stays behind when one is refused. Raises what ``Dispatcher.submit`` raises."""
+        try:
+            for request in self.requests:
+                self._replies.append(self._state.dispatcher.submit(request))
+        except SlimserveError as error:
+            for reply in self._replies:
+                reply.close()
+            self._state.metrics.refused(self.model.name, error.code or error.type)
+            raise
+        limit = self._state.settings.max_pending_tokens
+        return Exchange(self._replies, receive, max_pending_tokens=limit, tick=tick)
+
+    def read(self, news: Sequence[tuple[int, ChoiceNews]]) -> list[tuple[int, Delta]]:
+        """Text that the news adds, by choice index."""
+        return [
+            (index, self._read_choice(index, self._replies[request], each))
+            for request, each in news
+            if not self.choices[index := request * self._per_request + each.choice].finish
+        ]
+
+    def _read_choice(self, index: int, reply: Reply, news: ChoiceNews) -> Delta:
+        if news.end == "cancelled" or news.end == "error":
+            raise InternalError("The model could not finish this answer.", log=f"choice {index} ended as {news.end}")
+        choice = self.choices[index]
+        delta = choice.push(news)
+        if choice.finish:
+            self._unfinished -= 1
+            if not news.end:
+                self._state.dispatcher.stop_choice(reply, news.choice)
+        return delta
+
+    @property
+    def usage(self) -> Usage:
+        """Each prompt counts once, whatever ``n``."""
+        prompt = sum(len(request.prompt) for request in self.requests)
+        completion = sum(choice.completion_tokens for choice in self.choices)
+        return Usage(
+            prompt,
+            completion,
+            prompt + completion,
+            PromptTokensDetails(sum(reply.cached_tokens for reply in self._replies)),
+            CompletionTokensDetails(sum(choice.reasoning_tokens for choice in self.choices)),
+        )
+
+
+async def run_to_end(generation: Generation, receive: Receive) -> list[Delta]:
+    """All of each choice in one Delta. Raises the error that ended a reply, and ClientGone when the client leaves."""
+    whole = [Delta() for _ in generation.choices]
+    contents: list[list[str]] = [[] for _ in whole]
+    thoughts: list[list[str]] = [[] for _ in whole]
+    async with generation.start(receive) as exchange:
+        while not generation.finished:
+            for index, delta in generation.read(await exchange.next()):
+                contents[index].append(delta.content)
+                thoughts[index].append(delta.reasoning)
+                whole[index].logprobs += delta.logprobs
+                whole[index].prompt_logprobs += delta.prompt_logprobs
+                whole[index].finish = delta.finish
+    for delta, content, thought in zip(whole, contents, thoughts, strict=True):
+        delta.content = "".join(content)
+        delta.reasoning = "".join(thought)
+    return whole

@@ -1,0 +1,182 @@
+"""Response bodies: msgspec structs, encoded as they are and described in the OpenAPI schema."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot write."""
+
+FinishReason = Literal["stop", "length"]
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    reasoning_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+# --- chat
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    content: list[TokenLogprob]
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: str | msgspec.UnsetType | None = msgspec.UNSET
+    """Only of models that reason; null where this answer has none."""
+    reasoning: str | msgspec.UnsetType | None = msgspec.UNSET
+    """The same under its other name."""
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(msgspec.Struct, frozen=True):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(msgspec.Struct, frozen=True):
+    """One event of a stream. ``usage`` is there where ``include_usage`` was set, and null but in the last."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+
+
+# --- completions
+
+
+class TextLogprobs(msgspec.Struct, frozen=True):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(msgspec.Struct, frozen=True):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+    """Null only in a stream."""
+
+
+class TextCompletion(msgspec.Struct, frozen=True):
+    """A whole answer, or one event of a stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+
+
+# --- the rest
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    max_model_len: int
+    """Longest sequence in tokens, prompt and output together."""
+    object: Literal["model"] = "model"
+    owned_by: str = "slimserve"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
+
+
+class Tokenized(msgspec.Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(msgspec.Struct, frozen=True):
+    prompt: str
+
+
+class Version(msgspec.Struct, frozen=True):
+    version: str
+
+
+class Liveness(msgspec.Struct, frozen=True):
+    status: Literal["live", "stalled"]
+
+
+class ModelReadiness(msgspec.Struct, frozen=True):
+    """Where one model stands; ``done`` and ``total`` are bytes of the load phase, or 0 where it has no measure."""
+
+    name: str
+    state: str
+    phase: str
+    done: int
+    total: int
+    reason: str
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    status: Literal["ready", "not ready"]
+    models: list[ModelReadiness]

@@ -1,0 +1,149 @@
+"""The HTTP application: routes, error handlers, middleware and the OpenAPI description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from server.api.chat import chat_completions
+from server.api.completions import completions
+from server.api.errors import ErrorBody, add_error_handlers
+from server.api.health import live, metrics, ready, version
+from server.api.middleware import ApiKeys, BodyLimit, ConnectionLimit, RequestIds
+from server.api.models import get_model, list_models
+from server.api.replies import (
+    ChatChunk,
+    ChatCompletion,
+    Detokenized,
+    Liveness,
+    ModelCard,
+    ModelList,
+    Readiness,
+    TextCompletion,
+    Tokenized,
+    Version,
+)
+from server.api.schemas import REQUEST_BODIES, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from server.api.state import ApiState
+from server.api.tokens import detokenize, tokenize
+
+_COMPONENTS = "#/components/schemas/"
+_ANSWERS = (
+    ChatCompletion,
+    ChatChunk,
+    TextCompletion,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    Detokenized,
+    Version,
+    Liveness,
+    Readiness,
+    ErrorBody,
+)
+_ERRORS = {
+    400: "The request is wrong; param names the field",
+    401: "No valid API key",
+    404: "No such model or route",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    429: "A quota is used up; see Retry-After",
+    500: "A fault of the server; nothing more is told",
+    503: "Overloaded, or the model is not ready; see Retry-After",
+}
+
+
+def create_api(state: ApiState) -> FastAPI:
+    """The ASGI application over ``state``. Closed to other origins: no CORS header is ever sent."""
+    app = FastAPI(title="Slimserve", version=state.version, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.api = state
+    add_error_handlers(app)
+    _post(app, "/v1/chat/completions", chat_completions, ChatBody, ChatCompletion, ChatChunk)
+    _post(app, "/v1/completions", completions, CompletionBody, TextCompletion, TextCompletion)
+    _post(app, "/tokenize", tokenize, TokenizeBody, Tokenized)
+    _post(app, "/detokenize", detokenize, DetokenizeBody, Detokenized)
+    _get(app, "/v1/models", list_models, ModelList, 503)
+    _get(app, "/v1/models/{model_id:path}", get_model, ModelCard, 404, 503)
+    _get(app, "/health/live", live, Liveness)
+    _get(app, "/health/ready", ready, Readiness)
+    _get(app, "/version", version, Version, 503)
+    app.add_api_route("/metrics", metrics, responses=_errors(401, 503) | {200: {"content": {"text/plain": {}}}})
+    settings = state.settings
+    app.add_middleware(BodyLimit, limit=settings.max_body, timeout=settings.body_timeout)
+    app.add_middleware(ConnectionLimit, limit=settings.max_connections)
+    app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(RequestIds)
+    app.openapi = _describe(app, sorted(state.models))  # type: ignore[method-assign]
+    return app
+
+
+def _post(
+    app: FastAPI,
+    path: str,
+    handler: Callable[..., Any],
+    body: type[BaseModel],
+    answer: type[msgspec.Struct],
+    chunk: type[msgspec.Struct] | None = None,
+) -> None:
+    content = {"application/json": {"schema": _reference(answer)}}
+    if chunk is not None:
+        content["text/event-stream"] = {"schema": {"type": "string", "description": f"Events of {chunk.__name__}"}}
+    app.add_api_route(
+        path,
+        handler,
+        methods=["POST"],
+        responses=_errors(*_ERRORS) | {200: {"content": content}},
+        openapi_extra={
+            "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(body)}}}
+        },
+    )
+
+
+def _get(app: FastAPI, path: str, handler: Callable[..., Any], answer: type[msgspec.Struct], *statuses: int) -> None:
+    content = {"application/json": {"schema": _reference(answer)}}
+    responses: dict[int | str, dict[str, Any]] = {200: {"content": content}}
+    if path.startswith("/health"):
+        responses[503] = {"content": content, "description": "The same, where the answer is no"}
+    else:
+        responses |= _errors(401, *statuses)
+    app.add_api_route(path, handler, responses=responses)
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    content = {"application/json": {"schema": _reference(ErrorBody)}}
+    return {status: {"description": _ERRORS[status], "content": content} for status in statuses}
+
+
+def _reference(model: type) -> dict[str, str]:
+    return {"$ref": f"{_COMPONENTS}{model.__name__}"}
+
+
+def _describe(app: FastAPI, models: Sequence[str]) -> Callable[[], dict[str, Any]]:
+    """The OpenAPI document, built once: FastAPI's own, with the structs and the names of the served models in it."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            targets: list[tuple[type[BaseModel], Literal["validation"]]] = [
+                (body, "validation") for body in REQUEST_BODIES
+            ]
+            bodies = models_json_schema(targets, ref_template=_COMPONENTS + "{model}")[1]["$defs"]
+            for body in REQUEST_BODIES:
+                bodies[body.__name__]["properties"]["model"]["enum"] = _model_values(body, models)
+            answers = msgspec.json.schema_components(_ANSWERS, ref_template=_COMPONENTS + "{name}")[1]
+            for operation in (each for path in schema["paths"].values() for each in path.values()):
+                operation["responses"].pop("422", None)  # FastAPI adds it; ours are 400
+            app.openapi_schema = schema | {"components": {"schemas": bodies | answers}}
+        return app.openapi_schema
+
+    return openapi
+
+
+def _model_values(body: type[BaseModel], models: Sequence[str]) -> list[str | None]:
+    return [*models] if body.model_fields["model"].is_required() else [*models, None]

@@ -1,0 +1,88 @@
+"""What the routes need of the rest of the server. ``server/app.py`` builds one ``ApiState`` and hands it over."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engines.manifest import Manifest
+from server.metrics import Metrics
+from server.requests import Dispatcher
+from server.text import ModelText
+
+EngineState = Literal["starting", "loading", "ready", "restarting", "failed", "draining"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelState:
+    """Where one model stands, for ``/health/ready``."""
+
+    name: str
+    state: EngineState
+    phase: str = ""
+    """What a load does now: read, allocate, measure."""
+    done: int = 0
+    """Bytes, or 0 where the phase has no measure; as is ``total``."""
+    total: int = 0
+    reason: str = ""
+    """Why it failed or restarts, in words fit for a client."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyState:
+    live: bool
+    """The process is alive and its worker loop makes progress."""
+    ready: bool
+    """A request would be served now."""
+    models: tuple[ModelState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiSettings:
+    """Limits and secrets of the HTTP side. Sizes in bytes, times in seconds."""
+
+    api_keys: tuple[str, ...] = ()
+    """Keys that open all routes; none leaves them open to everyone who reaches the port."""
+    max_body: int = 8 << 20
+    body_timeout: float = 30.0
+    """For a whole request body to arrive."""
+    max_connections: int = 2048
+    """Most requests inside the server at once, health checks apart; one beyond gets 503."""
+    keep_alive: float = 15.0
+    """Silence on a stream after which a comment is sent."""
+    max_pending_tokens: int = 4096
+    """Most tokens buffered for one client that does not read its stream; beyond, it alone is cancelled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    name: str
+    created: int
+    """Unix time in seconds."""
+    manifest: Manifest
+    text: ModelText
+    max_model_len: int
+    """Longest sequence in tokens, prompt and output together."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ApiState:
+    models: Mapping[str, ServedModel]
+    dispatcher: Dispatcher
+    metrics: Metrics
+    settings: ApiSettings
+    ready: Callable[[], ReadyState]
+    clock: Callable[[], float]
+    """Monotonic seconds."""
+    wall_clock: Callable[[], float]
+    """Unix seconds, for ``created``."""
+    executor: Executor
+    """Tokenizing and templates run here, off the event loop; its worker count bounds them."""
+    version: str
+    _request_ids: itertools.count[int] = field(default_factory=itertools.count)
+
+    def next_request_id(self) -> int:
+        return next(self._request_ids)

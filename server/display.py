@@ -1,0 +1,128 @@
+"""What the commands show: progress bars on a terminal, one line per phase elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from engines.protocol import Capacity, EngineInfo, LoadProgress
+
+_PHASES = {"read": "reading weights", "allocate": "allocating the KV cache", "measure": "measuring"}
+
+
+def size(count: float) -> str:
+    """Bytes for people: 98.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines in which each column is as wide as its widest entry."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+class ProgressLines:
+    """Shows what several things do now, each under a name; ``end`` takes a name away."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._shown: dict[str, str] = {}
+
+    def update(self, name: str, what: str, done: int = 0, total: int = 0) -> None:
+        if not self._console.is_terminal:
+            if self._shown.get(name) != what:
+                self._shown[name] = what
+                self._console.print(f"{name}: {what}" + (f" ({size(total)})" if total else ""), highlight=False)
+            return
+        if self._bars is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self._bars = Progress(*columns, console=self._console, transient=True)
+            self._bars.start()
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task("")
+        self._bars.update(
+            self._tasks[name], description=f"{name}: {what}", completed=done, total=total if total else None
+        )
+
+    def end(self, name: str) -> None:
+        self._shown.pop(name, None)
+        task = self._tasks.pop(name, None)
+        if self._bars is not None and task is not None:
+            self._bars.remove_task(task)
+        if not self._tasks:
+            self.close()
+
+    def close(self) -> None:
+        """Take all bars off the screen."""
+        self._tasks.clear()
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+class ServeDisplay:
+    """The face of ``slimserve serve``."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lines = ProgressLines(console)
+        self._announced = False
+
+    def pulling(self, name: str, what: str, done: int, total: int) -> None:
+        self._lines.update(name, what, done, total)
+
+    def pulled(self, name: str) -> None:
+        self._lines.end(name)
+
+    def changed(self, name: str, phase: str, progress: LoadProgress | None) -> None:
+        """A model is on its way, or lost: then the log says why."""
+        if phase in ("failed", "restarting"):
+            self._lines.end(name)
+        elif progress is not None:
+            self._lines.update(name, _PHASES[progress.phase], progress.done, progress.total)
+        else:
+            self._lines.update(name, "starting")
+
+    def loaded(self, name: str, info: EngineInfo, capacity: Capacity) -> None:
+        self._lines.end(name)
+        tokens = capacity.blocks * capacity.block_size
+        fits = max(1, min(capacity.max_rows, tokens // capacity.max_model_len))
+        facts = (
+            f"{info.dtype} on {info.device}" + (f", {info.threads} threads" if info.device == "cpu" else ""),
+            f"weights {size(info.weight_bytes)}",
+            f"KV cache {size(info.kv_bytes)} = {tokens:,} tokens ({info.kv_dtype})",
+            f"up to {capacity.max_rows} sequences at once, {fits} of full length ({capacity.max_model_len:,} tokens)",
+            f"loaded in {info.load_seconds:.1f} s",
+        )
+        self._print(f"{name}: " + "; ".join(facts))
+
+    def ready(self, url: str, models: Sequence[str], *, key: bool) -> None:
+        """With examples the first time, in one line after a restart."""
+        self._lines.close()
+        self._print(f"ready: {url}/v1")
+        if self._announced:
+            return
+        self._announced = True
+        header = " -H 'Authorization: Bearer KEY'" if key else ""
+        self._print(f"""try: curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\
+  -d '{{"model": "{models[0]}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'""")
+        self._print(f"or:  slimserve chat --url {url}")
+
+    def draining(self, open_replies: int, grace: float) -> None:
+        self._lines.close()
+        if open_replies:
+            self._print(f"stopping: {open_replies} open requests have {grace:.0f} s to finish; once more stops at once")
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,137 @@
+"""What the scheduler keeps of one sequence, and what it says about an item after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from engines.protocol import End, TokenLogprobs
+from server.scheduler.block_pool import block_hash
+from server.worker.wire import Item
+
+
+class ItemUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """News of one item: new tokens, its end, or both."""
+
+    item: int
+    first_index: int = 0
+    """Output index of the first of ``tokens``."""
+    tokens: list[int] = []
+    end: End = ""
+    cached_tokens: int = 0
+    """Prompt tokens that a prefix hit saved."""
+    queue_seconds: float = 0.0
+    """Time from offer to first plan, in the item's first update; 0 later."""
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+    """Complete, in the item's first update, where asked for."""
+    output: bytes = b""
+    """Of a one-shot item."""
+
+
+@dataclass(slots=True)
+class StepWork:
+    """How much one step computes."""
+
+    rows: int = 0
+    """Of sequences and of one-shot batches."""
+    tokens: int = 0
+    """Of prompts and outputs together."""
+    prompt_tokens: int = 0
+    pairs: float = 0.0
+    """Query-key pairs in attention, the part of the cost that grows with the context."""
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Items of one request that wait until the leader's prompt blocks are findable."""
+
+    leader: SequenceState
+    shared_blocks: int
+    parked: list[SequenceState]
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """One item that produces tokens. ``known = len(tokens) + in_flight``; computed tokens catch up with known ones."""
+
+    item: Item
+    arrival: int
+    """Place in the queue; kept through preemption, so an early item is never overtaken for good."""
+    offered: float
+    limit: int
+    """The sequence ends when this many tokens are known."""
+    limit_end: End
+    root: bytes
+    """Parent of the first block's hash."""
+    block_size: int
+    tokens: list[int] = field(init=False)
+    """Prompt, then settled output tokens."""
+    prompt_only: bool = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
+    in_flight: int = 0
+    """Tokens that launched steps will draw at most."""
+    tickets: int = 0
+    """Launched steps with a row of this item."""
+    computed: int = 0
+    """Tokens whose KV a launched step writes."""
+    slot: int = -1
+    """-1: not resident, holds no blocks."""
+    blocks: list[int] = field(default_factory=list)
+    committed: int = 0
+    """Leading blocks that were given to the prefix cache, or came from it."""
+    group: Group | None = None
+    """Where it leads parked items, or is parked itself."""
+    gone: bool = False
+    """Ended or cancelled."""
+    cached_tokens: int = 0
+    queue_seconds: float | None = None
+    """None before the first plan."""
+    reported: bool = False
+    """An update has left; it carried the prompt's logprobs."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _hashes: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.item.tokens)
+        # A replay comes with output tokens; the first of them left together with the prompt's logprobs.
+        self.reported = len(self.tokens) > self.item.prompt_length
+        self.prompt_only = len(self.tokens) >= self.limit
+        self.stop_ids = frozenset(self.item.sampling.stop_token_ids)
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def goal(self) -> int:
+        """Tokens to compute before the item ends: the last one drawn is never computed."""
+        return len(self.tokens) if self.prompt_only else self.limit - 1
+
+    @property
+    def known_to_compute(self) -> int:
+        return min(len(self.tokens) + self.in_flight, self.goal)
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that are still to be computed."""
+        return self.known_to_compute - self.computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Still owes them: every prompt position has to be computed, so a prefix hit is of no use."""
+        return self.item.prompt_logprobs is not None and not self.reported
+
+    def hashes(self, blocks: int) -> Iterator[bytes]:
+        """Hashes of the first ``blocks`` full blocks, each computed when first asked for."""
+        return map(self.hash_at, range(blocks))
+
+    def hash_at(self, index: int) -> bytes:
+        """Hash of a full block whose tokens are all settled."""
+        while len(self._hashes) <= index:
+            parent = self._hashes[-1] if self._hashes else self.root
+            start = len(self._hashes) * self.block_size
+            self._hashes.append(block_hash(parent, self.tokens[start : start + self.block_size]))
+        return self._hashes[index]

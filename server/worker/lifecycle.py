@@ -1,0 +1,279 @@
+"""The life of one worker from the API process's side: start, load, watch, bury, start again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from engines.protocol import Capacity, EngineInfo, EngineSpec, LoadProgress
+from server.errors import SlimserveError
+from server.scheduler.config import SchedulerConfig
+from server.worker.channel import Channel
+from server.worker.process import STOP_TIMEOUT, RuntimeFolder, WorkerProcess
+from server.worker.watch import Backoff, Watchdog
+from server.worker.wire import (
+    FromWorker,
+    Hello,
+    Loaded,
+    LoadEngine,
+    LoadFailed,
+    Loading,
+    LoadReport,
+    Refused,
+    StepOutputs,
+    Stop,
+    ToWorker,
+)
+
+log = logging.getLogger(__name__)
+
+EnginePhase = Literal["starting", "loading", "ready", "restarting", "failed"]
+
+
+@dataclass(slots=True)
+class EngineStatus:
+    """Where one engine of one worker stands."""
+
+    spec: EngineSpec
+    phase: EnginePhase = "starting"
+    progress: LoadProgress | None = None
+    reason: str = ""
+    """Why it failed or restarts, fit for a client."""
+    info: EngineInfo | None = None
+    """Of the last load, as is ``capacity``."""
+    capacity: Capacity | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Times in seconds."""
+
+    scheduler: SchedulerConfig
+    log_level: str = "info"
+    step_timeout: float = 120.0
+    load_timeout: float = 1800.0
+    max_restarts: int = 8
+
+
+class WorkerOwner(Protocol):
+    """Who is told what happens to a worker: the supervisor."""
+
+    def engine_changed(self, worker: Worker, status: EngineStatus) -> None:
+        """A phase or a load's progress changed."""
+
+    def outputs(self, worker: Worker, outputs: StepOutputs) -> None:
+        """A step was settled."""
+
+    def refused(self, worker: Worker, refused: Refused) -> None:
+        """The scheduler did not take items."""
+
+    def reported(self, worker: Worker, report: LoadReport) -> None:
+        """Gauges came."""
+
+    def lost(self, worker: Worker) -> None:
+        """The process is gone with all that it had in flight."""
+
+    def restarted(self, worker: Worker) -> None:
+        """A process was started in place of a lost one."""
+
+
+class Worker:
+    """One device and its engines, over as many processes as it takes. ``run`` ends when nothing is left to serve."""
+
+    def __init__(
+        self,
+        index: int,
+        specs: Sequence[EngineSpec],
+        settings: WorkerSettings,
+        owner: WorkerOwner,
+        folder: RuntimeFolder,
+        clock: Callable[[], float],
+    ) -> None:
+        self.index = index
+        self.engines = {spec.name: EngineStatus(spec) for spec in specs}
+        self._settings = settings
+        self._owner = owner
+        self._folder = folder
+        self._clock = clock
+        self._incarnation = 0
+        self._backoff = Backoff(settings.max_restarts)
+        self._process: WorkerProcess | None = None
+        self._channel: Channel | None = None
+        self._watchdog = self._new_watchdog()
+        self._fault: asyncio.Event = asyncio.Event()
+        self._fault_reason = ""
+        self._stopping = False
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def serves(self, engine: str) -> bool:
+        return self.engines[engine].phase == "ready" and self._channel is not None
+
+    def send(self, message: ToWorker) -> None:
+        """Raises Overloaded when the worker is gone or does not keep up."""
+        if self._channel is not None:
+            self._channel.send(message)
+
+    def kill(self) -> None:
+        """At once, for the second signal."""
+        self._stopping = True
+        if self._process is not None:
+            self._process.kill()
+
+    async def stop(self) -> None:
+        """Ask it to exit and kill it when it does not. ``run`` returns afterwards. Idempotent."""
+        self._stopping = True
+        if self._process is None or self._channel is None:
+            self._fault.set()
+            return
+        try:
+            self._channel.send(Stop())
+            await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT)
+        except (SlimserveError, TimeoutError):
+            self._process.kill()
+
+    async def run(self) -> None:
+        while not self._stopping:
+            reason = await self._live()
+            if self._stopping or not self._open_engines():
+                return
+            pause = self._backoff.failed()
+            if pause is None:
+                log.error("worker %d is given up: %s", self.index, reason)
+                self._set_all("failed", "its worker process keeps failing and was given up")
+                return
+            log.error("worker %d died: %s; it starts again in %.1f s", self.index, reason, pause)
+            self._set_all("restarting", "its worker process stopped and is being restarted")
+            if not await self._sleep(pause):
+                self._owner.restarted(self)
+
+    async def _sleep(self, seconds: float) -> bool:
+        """True when ``stop`` was called meanwhile."""
+        self._fault.clear()
+        try:
+            await asyncio.wait_for(self._fault.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _live(self) -> str:
+        """One process from its start to its end; the reason of the end."""
+        self._incarnation += 1
+        self._fault.clear()
+        self._watchdog = self._new_watchdog()
+        address = self._folder.address(self.index, self._incarnation)
+        self._channel = Channel(address, self._on_message, self._on_bad_message)
+        try:
+            self._process = await WorkerProcess.start(
+                address, self._incarnation, self._settings.scheduler, self._settings.log_level
+            )
+            return await self._watch(self._process)
+        finally:
+            self._channel.close()
+            self._channel = None
+            self._owner.lost(self)
+            if self._process is not None:
+                await self._process.end()
+                self._process = None
+
+    async def _watch(self, process: WorkerProcess) -> str:
+        tick = min(1.0, self._settings.step_timeout / 8)
+        exited = asyncio.ensure_future(process.wait())
+        fault = asyncio.ensure_future(self._fault.wait())
+        try:
+            while True:
+                await asyncio.wait({exited, fault}, timeout=tick, return_when=asyncio.FIRST_COMPLETED)
+                if exited.done():
+                    return exited.result()
+                if fault.done():
+                    return self._fault_reason
+                stuck = self._watchdog.verdict(self._clock(), tick)
+                if stuck is not None:
+                    return stuck
+        finally:
+            exited.cancel()
+            fault.cancel()
+
+    # --- messages
+
+    def _on_message(self, message: FromWorker) -> None:
+        if message.incarnation != self._incarnation:
+            return
+        now = self._clock()
+        self._watchdog.heard(now)
+        match message:
+            case StepOutputs():
+                self._backoff.settled()
+                self._owner.outputs(self, message)
+            case LoadReport():
+                self._watchdog.report(message, now)
+                self._owner.reported(self, message)
+            case Refused():
+                self._owner.refused(self, message)
+            case Hello():
+                self._load_all(now)
+            case Loading(_, name, progress):
+                self.engines[name].progress = progress
+                self._set(self.engines[name], "loading")
+            case Loaded():
+                self._loaded(message, now)
+            case LoadFailed(_, name, reason):
+                self._load_failed(self.engines[name], reason, now)
+
+    def _on_bad_message(self, error: Exception) -> None:
+        log.error("a message of worker %d could not be handled", self.index, exc_info=error)
+        self._end_process("a message of it could not be handled")
+
+    def _load_all(self, now: float) -> None:
+        for status in self._open_engines():
+            self.send(LoadEngine(status.spec))
+            self._set(status, "loading")
+        self._watchdog.loading(now, unfinished=True)
+
+    def _loaded(self, message: Loaded, now: float) -> None:
+        status = self.engines[message.info.name]
+        status.info, status.capacity, status.progress = message.info, message.capacity, None
+        self._set(status, "ready")
+        self._watchdog.loading(now, self._any_loading())
+
+    def _load_failed(self, status: EngineStatus, reason: str, now: float) -> None:
+        if status.info is not None:
+            # It loaded before: what is in the way now may go away.
+            self._end_process(f"{status.spec.name} cannot be loaded again: {reason}")
+            return
+        log.error("%s cannot be served: %s", status.spec.name, reason.removeprefix(f"{status.spec.name}: "))
+        self._set(status, "failed", reason)
+        self._watchdog.loading(now, self._any_loading())
+        if not self._open_engines():
+            self._end_process("no engine is left")
+
+    def _end_process(self, reason: str) -> None:
+        self._fault_reason = reason
+        self._fault.set()
+
+    # --- state
+
+    def _new_watchdog(self) -> Watchdog:
+        return Watchdog(
+            self._clock(), step_timeout=self._settings.step_timeout, load_timeout=self._settings.load_timeout
+        )
+
+    def _open_engines(self) -> list[EngineStatus]:
+        return [status for status in self.engines.values() if status.phase != "failed"]
+
+    def _any_loading(self) -> bool:
+        return any(status.phase == "loading" for status in self.engines.values())
+
+    def _set_all(self, phase: EnginePhase, reason: str) -> None:
+        for status in self._open_engines():
+            status.progress = None
+            self._set(status, phase, reason)
+
+    def _set(self, status: EngineStatus, phase: EnginePhase, reason: str = "") -> None:
+        status.phase, status.reason = phase, reason
+        self._owner.engine_changed(self, status)

@@ -1,0 +1,214 @@
+"""What a worker process does all day: take messages, plan, launch, collect, settle, report."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+
+from engines.protocol import Engine, StepPlan
+from server.scheduler.config import SchedulerConfig
+from server.scheduler.core import MAX_IN_FLIGHT, DynamicBatchScheduler, ItemUpdate, StepWork
+from server.worker.loading import LoadThread
+from server.worker.mailbox import Mailbox
+from server.worker.wire import (
+    Cancel,
+    Hello,
+    LoadEngine,
+    LoadReport,
+    Offer,
+    Refused,
+    StepOutputs,
+    StepStats,
+    Stop,
+    ToWorker,
+    Unloaded,
+    UnloadEngine,
+)
+
+REPORT_EVERY = 0.5
+"""Seconds between two load reports."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Ticket:
+    plan: StepPlan
+    plan_seconds: float
+
+
+class WorkerLoop:
+    """Owns the scheduler and the engines of one device. ``run`` returns when the API process says stop."""
+
+    def __init__(
+        self, mailbox: Mailbox, config: SchedulerConfig, *, incarnation: int, clock: Callable[[], float]
+    ) -> None:
+        self._mailbox = mailbox
+        self._scheduler = DynamicBatchScheduler(config)
+        self._incarnation = incarnation
+        self._clock = clock
+        self._loads = LoadThread(incarnation, wake=mailbox.wake, clock=clock)
+        self._engines: dict[str, Engine] = {}
+        self._tickets: deque[_Ticket] = deque()
+        self._steps = 0
+        self._reported_at = clock()
+        self._checked = True
+        self._process = psutil.Process()
+
+    def run(self) -> None:
+        """Raises whatever a step raised: the worker is of no use then."""
+        with self._mailbox.lock:
+            self._mailbox.send(Hello(self._incarnation, os.getpid()))
+            threading.Thread(target=self._heartbeat, daemon=True).start()
+            wait = 0.0
+            while self._handle(self._mailbox.receive(wait)):
+                self._take_loaded()
+                ticket = self._plan()
+                if ticket is not None:
+                    self._launch(ticket)
+                if self._tickets and (ticket is None or len(self._tickets) == MAX_IN_FLIGHT):
+                    self._settle_oldest()
+                self._report_when_due()
+                wait = self._patience(ticket)
+
+    def _plan(self) -> _Ticket | None:
+        began = self._clock()
+        plan = self._scheduler.plan(began, {name: engine.capacity for name, engine in self._engines.items()})
+        return None if plan is None else _Ticket(plan, self._clock() - began)
+
+    def _launch(self, ticket: _Ticket) -> None:
+        self._tickets.append(ticket)
+        self._checked = False
+        with self._mailbox.unlocked():
+            self._engines[ticket.plan.engine].launch(ticket.plan)
+
+    def _settle_oldest(self) -> None:
+        ticket = self._tickets[0]
+        with self._mailbox.unlocked():
+            result = self._engines[ticket.plan.engine].collect(ticket.plan.step)
+        self._tickets.popleft()
+        began = self._clock()
+        updates = self._scheduler.settle(result, began)
+        seconds = ticket.plan_seconds + self._clock() - began
+        self._steps += 1
+        self._send(ticket.plan, updates, _stats(self._scheduler.settled_work, result.seconds, seconds))
+
+    def _send(self, plan: StepPlan, updates: list[ItemUpdate], stats: StepStats) -> None:
+        self._mailbox.send(
+            StepOutputs(
+                incarnation=self._incarnation,
+                engine=plan.engine,
+                step=plan.step,
+                items=[update.item for update in updates],
+                first_index=[update.first_index for update in updates],
+                tokens=[update.tokens for update in updates],
+                ends=[update.end for update in updates],
+                cached_tokens=[update.cached_tokens for update in updates],
+                queue_seconds=[update.queue_seconds for update in updates],
+                logprobs={update.item: update.logprobs for update in updates if update.logprobs},
+                prompt_logprobs={update.item: update.prompt_logprobs for update in updates if update.prompt_logprobs},
+                outputs={update.item: update.output for update in updates if update.output},
+                stats=stats,
+            )
+        )
+
+    def _patience(self, ticket: _Ticket | None) -> float:
+        """Seconds that the next ``receive`` may wait for a message."""
+        if ticket is not None or self._tickets:
+            return 0.0
+        self._check_integrity()
+        report_due = self._reported_at + REPORT_EVERY
+        batch_due = self._scheduler.due()
+        return max(0.0, min(report_due, report_due if batch_due is None else batch_due) - self._clock())
+
+    def _check_integrity(self) -> None:
+        if not self._checked:
+            self._checked = True
+            for problem in self._scheduler.integrity():
+                log.error("the block pool is not clean: %s", problem)
+
+    # --- messages
+
+    def _handle(self, messages: list[ToWorker]) -> bool:
+        """False when the worker is to stop."""
+        for message in messages:
+            match message:
+                case Offer():
+                    self._offer(message)
+                case Cancel(items):
+                    self._checked = False
+                    self._scheduler.cancel(items)
+                case LoadEngine(spec):
+                    self._loads.start(spec)
+                case UnloadEngine(name):
+                    self._unload(name)
+                case Stop():
+                    return False
+        return True
+
+    def _offer(self, offer: Offer) -> None:
+        refusal = self._scheduler.offer(offer.items, self._clock())
+        if refusal is not None:
+            self._mailbox.send(Refused(self._incarnation, [item.item for item in offer.items], refusal))
+
+    def _take_loaded(self) -> None:
+        for message, engine in self._loads.news():
+            if engine is not None:
+                self._engines[engine.info.name] = engine
+                self._scheduler.add_engine(engine.info.name, engine.capacity, engine.info.fingerprint)
+                gc.collect()
+                gc.freeze()
+            self._mailbox.send(message)
+
+    def _unload(self, name: str) -> None:
+        while self._tickets:
+            self._settle_oldest()
+        if name in self._engines:
+            updates = self._scheduler.remove_engine(name)
+            self._send(StepPlan(step=self._steps, engine=name), updates, _stats(StepWork(), 0.0, 0.0))
+            self._engines.pop(name).close()
+        self._mailbox.send(Unloaded(self._incarnation, name))
+
+    # --- load report, which is the heartbeat too
+
+    @property
+    def _phase(self) -> str:
+        return "step" if self._tickets else "load" if self._loads.busy else "idle"
+
+    def _report_when_due(self) -> None:
+        now = self._clock()
+        if now - self._reported_at < REPORT_EVERY:
+            return
+        self._reported_at = now
+        self._mailbox.send(
+            LoadReport(
+                incarnation=self._incarnation,
+                steps=self._steps,
+                phase=self._phase,
+                rss_bytes=self._process.memory_info().rss,
+                engines=self._scheduler.load(),
+            )
+        )
+
+    def _heartbeat(self) -> None:
+        """In its own thread: report while the loop is inside a long step."""
+        pause = threading.Event()
+        while not pause.wait(REPORT_EVERY / 2):
+            with self._mailbox.lock:
+                self._report_when_due()
+
+
+def _stats(work: StepWork, seconds: float, plan_seconds: float) -> StepStats:
+    return StepStats(
+        seconds=seconds,
+        plan_seconds=plan_seconds,
+        rows=work.rows,
+        tokens=work.tokens,
+        prompt_tokens=work.prompt_tokens,
+    )

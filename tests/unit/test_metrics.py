@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engines.protocol import SamplingParams
+from server.metrics import TABLE, Metrics
+from server.requests import Reply, Request
+from server.worker.wire import EngineLoad, LoadReport, StepStats
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    found = [
+        sample.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+        if sample.name == f"slimserve_{name}" and labels.items() <= sample.labels.items()
+    ]
+    assert found, name
+    return sum(found)
+
+
+def engine_load(name: str = "m", *, running: int = 0, preemptions: int = 0, used: int = 0) -> EngineLoad:
+    return EngineLoad(
+        name=name,
+        running=running,
+        waiting=1,
+        waiting_tokens=7,
+        blocks_used=used,
+        blocks_cached=2,
+        blocks_total=100,
+        token_budget=512,
+        preemptions=preemptions,
+        prefix_queries=10 * preemptions,
+        prefix_hits=5 * preemptions,
+        integrity_errors=0,
+    )
+
+
+def report(incarnation: int, *engines: EngineLoad) -> LoadReport:
+    return LoadReport(incarnation=incarnation, steps=1, phase="idle", rss_bytes=1000, engines=list(engines))
+
+
+def make() -> Metrics:
+    return Metrics(["m", "n"], version="9.9")
+
+
+def reply_of(model: str) -> Reply:
+    request = Request(0, model, [1, 2, 3], 4, (SamplingParams(seed=1),), arrived=10.0)
+    reply = Reply(request, lambda _: None)
+    reply.deliver(0, 0, [5, 6], "stop", now=10.5)
+    return reply
+
+
+def test_every_series_of_a_known_model_exists_from_the_start() -> None:
+    metrics = make()
+    page = metrics.render().decode()
+    for metric in TABLE:
+        assert f"# HELP slimserve_{metric.name}" in page
+        if metric.labels == ("model",):
+            assert f"slimserve_{metric.name}" in page
+    assert value(metrics, "requests_total", model="m", ending="error") == 0
+    assert value(metrics, "kv_blocks_total", model="n") == 0
+    assert value(metrics, "build_info", version="9.9") == 1
+
+
+def test_only_known_models_are_labels() -> None:
+    metrics = make()
+    metrics.refused("../../etc/passwd", "model_not_found")
+    metrics.refused("m", "overloaded")
+    assert value(metrics, "http_refusals_total", model="unknown", reason="model_not_found") == 1
+    assert value(metrics, "http_refusals_total", model="m", reason="overloaded") == 1
+    assert "passwd" not in metrics.render().decode()
+
+
+def test_an_ended_request_is_counted_with_its_times() -> None:
+    metrics = make()
+    metrics.request_ended(reply_of("m"), "stop", now=12.0)
+    assert value(metrics, "requests_total", model="m", ending="stop") == 1
+    assert value(metrics, "prompt_tokens_total", model="m") == 3
+    assert value(metrics, "request_seconds_sum", model="m") == 2.0
+    assert value(metrics, "queue_seconds_count", model="m") == 1
+
+
+def test_gaps_between_tokens_are_a_prometheus_histogram() -> None:
+    metrics = make()
+    assert value(metrics, "inter_token_seconds_count", model="n") == 0
+    metrics.tokens_delivered("m", 3, [0.01, 0.011])
+    metrics.tokens_delivered("m", 1, [99.0])
+    assert value(metrics, "generated_tokens_total", model="m") == 4
+    assert value(metrics, "inter_token_seconds_count", model="m") == 3
+    assert value(metrics, "inter_token_seconds_sum", model="m") == pytest.approx(99.021)
+    assert value(metrics, "inter_token_seconds_bucket", model="m", le="0.01") == 1
+    assert value(metrics, "inter_token_seconds_bucket", model="m", le="0.015") == 2
+    assert value(metrics, "inter_token_seconds_bucket", model="m", le="10.0") == 2
+    assert value(metrics, "inter_token_seconds_bucket", model="m", le="+Inf") == 3
+
+
+def test_buckets_start_at_a_millisecond_or_below() -> None:
+    for metric in TABLE:
+        if metric.name.endswith("_seconds") and metric.kind == "histogram":
+            assert metric.buckets[0] <= 0.001, metric.name
+            assert list(metric.buckets) == sorted(set(metric.buckets))
+
+
+def test_gauges_sum_over_workers_and_go_with_them() -> None:
+    metrics = make()
+    metrics.load_report(0, report(1, engine_load(running=3, used=10), engine_load("n", running=1)))
+    metrics.load_report(1, report(1, engine_load(running=4, used=20)))
+    assert value(metrics, "requests_running", model="m") == 7
+    assert value(metrics, "kv_blocks_used", model="m") == 30
+    assert value(metrics, "process_memory_bytes", process="worker-1") == 1000
+    metrics.worker_gone(0)
+    assert value(metrics, "requests_running", model="m") == 4
+    assert value(metrics, "requests_running", model="n") == 0
+    assert value(metrics, "process_memory_bytes", process="worker-0") == 0
+
+
+def test_counters_grow_on_over_a_restart_of_the_worker() -> None:
+    metrics = make()
+    metrics.load_report(0, report(1, engine_load(preemptions=5)))
+    metrics.load_report(0, report(1, engine_load(preemptions=7)))
+    metrics.worker_gone(0)
+    metrics.worker_restarted(0)
+    metrics.load_report(0, report(2, engine_load(preemptions=2)))
+    assert value(metrics, "preemptions_total", model="m") == 9
+    assert value(metrics, "prefix_hit_tokens_total", model="m") == 45
+    assert value(metrics, "worker_restarts_total", worker="worker-0") == 1
+
+
+def test_a_step_is_observed() -> None:
+    metrics = make()
+    metrics.step("m", StepStats(seconds=0.02, plan_seconds=0.0001, rows=8, tokens=40, prompt_tokens=32))
+    assert value(metrics, "step_batch_size_sum", model="m") == 8
+    assert value(metrics, "step_tokens_sum", model="m") == 40
+    assert value(metrics, "scheduler_seconds_sum", model="m") == 0.0001
+
+
+def test_two_servers_in_one_process_do_not_share_numbers() -> None:
+    first, second = make(), make()
+    first.worker_restarted(0)
+    assert value(first, "worker_restarts_total", worker="worker-0") == 1
+    assert "worker-0" not in second.render().decode()
