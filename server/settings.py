@@ -129,7 +129,7 @@ class Settings(ModelOptions, BaseSettings):
     max_batch: int | None = Field(default=None, ge=1, le=4096)
     """Most sequences in one step. Default: derived from the machine."""
     max_delay: Duration = Field(default=0.0, ge=0, le=10)
-    """Longest time that a request may be held back so that more can join its batch."""
+    """Longest time that a one-shot request waits for others to share its step; a stream never waits."""
     target_ttft: Duration | None = Field(default=None, gt=0, le=120)
     """Wanted time to first token; bounds how much prompt one step takes in."""
     target_tpot: Duration | None = Field(default=None, gt=0, le=120)

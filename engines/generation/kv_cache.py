@@ -31,7 +31,10 @@ def block_bytes(layout: KvLayout, block_size: int, dtype: torch.dtype) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On the CPU, pages that the kernel zeroes when they are first written: to touch them now takes 1 s for each GB."""
+    """On the CPU, pages that the system zeroes when they are first written: to touch them now takes 1 s for each GB.
+
+    They are reserved once, all the same, and resident memory never grows beyond them.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)

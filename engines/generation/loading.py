@@ -45,7 +45,7 @@ class _Measured:
     max_rows: int
     step_tokens: int
     workspace: int
-    """Bytes that the largest step needs beside weights and KV."""
+    """Bytes that rows and the largest step need beside weights and KV."""
     governor: ThreadGovernor | None
 
 
@@ -58,8 +58,7 @@ def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -
     manifest = read_manifest(Path(spec.source), spec.random_weights is not None)
     model_len = _model_len(spec, manifest)
     placement = choose_placement(spec, manifest.dtype)
-    cores = available_cores()
-    torch.set_num_threads(spec.threads or cores)
+    torch.set_num_threads(spec.threads or available_cores())
     if placement.device.type == "cuda":
         torch.cuda.set_device(placement.device)
     try:
@@ -83,7 +82,14 @@ def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -
         raise EngineLoadError(
             f"{spec.name}: the model does not fit in memory; use a 16-bit --dtype or a smaller model"
         ) from error
-    info = EngineInfo(
+    info = _info(spec, manifest, placement, model, size, clock() - started)
+    return Loaded(runner, info, capacity)
+
+
+def _info(
+    spec: EngineSpec, manifest: Manifest, placement: Placement, model: Model, size: KvSize, seconds: float
+) -> EngineInfo:
+    return EngineInfo(
         name=spec.name,
         fingerprint=_fingerprint(spec, manifest, placement),
         device=str(placement.device),
@@ -92,10 +98,9 @@ def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -
         weight_bytes=model.weight_bytes,
         kv_bytes=size.blocks * kv_cache.block_bytes(model.kv_layout, kv_cache.BLOCK_SIZE, placement.kv_dtype),
         threads=torch.get_num_threads(),
-        load_seconds=clock() - started,
+        load_seconds=seconds,
         vocab_size=model.vocab_size,
     )
-    return Loaded(runner, info, capacity)
 
 
 def _model_len(spec: EngineSpec, manifest: Manifest) -> int:
@@ -125,8 +130,12 @@ def _measure(
     if on_cpu and spec.max_step_tokens is None:
         tokens = min(PROBE_TOKENS, longest)
         step_tokens = choose_step_tokens(best_time(lambda: probe.prompt(tokens), clock) / tokens)
-    step_tokens = max(step_tokens, max_rows)
+    # Each row must find room for one token in every step.
+    if spec.max_step_tokens is None:
+        step_tokens = max(step_tokens, max_rows)
+    max_rows = min(max_rows, step_tokens)
     workspace = measure_workspace(placement.device, lambda: probe.largest_step(max_rows, step_tokens))
+    workspace += StepRunner.state_bytes(max_rows, model_len, model.vocab_size)
     return _Measured(max_rows, step_tokens, workspace, governor)
 
 

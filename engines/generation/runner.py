@@ -84,6 +84,11 @@ class StepRunner:
         self._states = RowStates(capacity, model.vocab_size, device)
         self._counts = torch.zeros((capacity.max_rows, model.vocab_size), dtype=torch.int32, device=device)
 
+    @staticmethod
+    def state_bytes(max_rows: int, max_model_len: int, vocab: int) -> int:
+        """Bytes that a runner takes for itself, roughly: sequences and the scratch of the penalties."""
+        return 4 * max_rows * (max_model_len + vocab)
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> LaunchedStep:
         """Compute the step on the CPU, or enqueue it on the GPU's current stream without waiting for it."""

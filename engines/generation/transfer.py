@@ -20,18 +20,35 @@ def to_device(arrays: Sequence[HostArray], device: torch.device) -> list[torch.T
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    starts = [0]
+    packed = torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True)
+    pack(arrays, packed)
+    return unpack(arrays, packed.to(device, non_blocking=True))
+
+
+def packed_bytes(arrays: Sequence[HostArray]) -> int:
+    """Size of all arrays one after the other, each on an aligned start."""
+    return sum(_aligned(array) for array in arrays)
+
+
+def pack(arrays: Sequence[HostArray], packed: torch.Tensor) -> None:
+    """Write the arrays into a uint8 tensor on the host."""
+    buffer, start = packed.numpy(), 0
     for array in arrays:
-        starts.append(starts[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT)
-    packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
-    buffer = packed.numpy()
-    for array, start in zip(arrays, starts, strict=False):
         buffer[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-    moved = packed.to(device, non_blocking=True)
-    return [
-        moved[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
-        for array, start in zip(arrays, starts, strict=False)
-    ]
+        start += _aligned(array)
+
+
+def unpack(arrays: Sequence[HostArray], packed: torch.Tensor) -> list[torch.Tensor]:
+    """Views of a packed tensor, wherever it is, with the arrays' types and shapes."""
+    views, start = [], 0
+    for array in arrays:
+        views.append(packed[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape))
+        start += _aligned(array)
+    return views
+
+
+def _aligned(array: HostArray) -> int:
+    return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,10 @@ def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = No
 def _fits_native(*tensors: torch.Tensor) -> bool:
     """Whether all lie on the CPU in one type that the library knows, with a contiguous last dimension."""
     dtype = tensors[0].dtype
-    return dtype in TYPE_CODES and all(x.is_cpu and x.dtype is dtype and x.stride(-1) == 1 for x in tensors)
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype is not dtype or tensor.stride(-1) != 1:
+            return False
+    return dtype in TYPE_CODES
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +15,14 @@ from starlette.responses import Response
 
 from server.errors import InternalError, InvalidRequest, SlimserveError, Unauthorized
 
+log = logging.getLogger(__name__)
+
 INTERNAL = InternalError("The server had an internal error while it answered this request.")
 """What a client reads of a fault of our own; the rest is in the log under the same request id."""
 
 _LONGEST_MESSAGE = 500
+_MOST_FINDINGS = 1000
+"""Beyond this no one of them is told: a list of half a million would cost the event loop seconds."""
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
@@ -52,8 +57,10 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _answer_routing)
 
 
-async def _answer_own(_: Request, error: Exception) -> Response:
+async def _answer_own(request: Request, error: Exception) -> Response:
     assert isinstance(error, SlimserveError)
+    if error.status == 500:
+        log.error("request %s: %s", request.scope.get("request_id"), error.log)
     return error_response(error)
 
 
@@ -74,6 +81,8 @@ def invalid_body(error: ValidationError, field_names: frozenset[str]) -> Invalid
 
     ``field_names`` tells names of fields from the tags that pydantic puts into the path of a union's member.
     """
+    if error.error_count() > _MOST_FINDINGS:
+        return InvalidRequest(f"The body is wrong in {error.error_count()} places.")
     details = error.errors(include_url=False, include_input=False)
     first = details[0]["loc"][:1]
     detail = max((each for each in details if each["loc"][:1] == first), key=lambda each: _depth(each, field_names))
@@ -82,7 +91,10 @@ def invalid_body(error: ValidationError, field_names: frozenset[str]) -> Invalid
     if unknown:
         return InvalidRequest(f"Unknown or unsupported field: {param}", param=param)
     text = detail["msg"].removeprefix("Value error, ")[:_LONGEST_MESSAGE]
-    return InvalidRequest(f"{param}: {text}" if param else text, param=param or None)
+    if param:
+        return InvalidRequest(f"{param}: {text}", param=param)
+    named = text.partition(" ")[0]
+    return InvalidRequest(text, param=named if named in field_names else None)
 
 
 def _depth(detail: Any, field_names: frozenset[str]) -> int:

@@ -16,7 +16,7 @@ class Exchange:
     """Waits for several replies at once. As a context manager it closes them all at the end, however that comes."""
 
     def __init__(
-        self, replies: Sequence[Reply], receive: Receive, *, max_pending_tokens: int, tick: float | None = None
+        self, replies: Sequence[Reply], receive: Receive, *, max_pending_tokens: int | None, tick: float | None = None
     ) -> None:
         """``tick``: ``next`` gives an empty list after this many seconds without news; None never does."""
         self._replies = replies

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.types import Receive
 
 from engines.protocol import SamplingParams
@@ -46,8 +47,8 @@ def sampling_params(body: GenerationBody, model: ServedModel, logprobs: int | No
     """One entry a choice. Where the request is silent the model's own defaults apply, then OpenAI's."""
     manifest = model.manifest
     check_token_ids(body.stop_token_ids or (), model, "stop_token_ids")
-    bias = tuple(sorted((int(token), value) for token, value in (body.logit_bias or {}).items()))
-    check_token_ids((token for token, _ in bias), model, "logit_bias")
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    check_token_ids(bias, model, "logit_bias")
 
     def pick(name: str, default: float) -> float:
         given: float | None = getattr(body, name)
@@ -64,17 +65,12 @@ def sampling_params(body: GenerationBody, model: ServedModel, logprobs: int | No
         repetition_penalty=pick("repetition_penalty", 1.0),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=bias,
+        logit_bias=tuple(sorted(bias.items())),
         logprobs=logprobs,
         min_tokens=body.min_tokens or 0,
         stop_token_ids=tuple(sorted(stop_ids)),
     )
-    return tuple(_with_choice(first, choice) for choice in range(body.choices))
-
-
-def _with_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    fields = {name: getattr(params, name) for name in params.__struct_fields__}
-    return SamplingParams(**fields | {"choice": choice}) if choice else params
+    return tuple(msgspec.structs.replace(first, choice=choice) for choice in range(body.choices))
 
 
 def check_token_ids(ids: Iterable[int], model: ServedModel, param: str) -> None:
@@ -95,7 +91,7 @@ def output_limit(
     room = model.max_model_len - prompt_tokens
     context = f"The model's context is {model.max_model_len} tokens, but the prompt has {prompt_tokens}"
     if room < 0 or (room == 0 and asked != 0):
-        raise InvalidRequest(f"{context}.", param="prompt", log="prompt too long")
+        raise InvalidRequest(f"{context}.", param="prompt")
     if asked is not None and asked > room:
         raise InvalidRequest(f"{context} and max_tokens asks for {asked} more.", param="max_tokens")
     limit = asked if asked is not None else room if default is None else min(default, room)
@@ -131,7 +127,10 @@ class Generation:
         return not self._unfinished
 
     def start(self, receive: Receive, tick: float | None = None) -> Exchange:
-        """Send all requests; nothing stays behind when one is refused. Raises what ``Dispatcher.submit`` raises."""
+        """Send all requests; nothing stays behind when one is refused. Raises what ``Dispatcher.submit`` raises.
+
+        ``tick`` marks a stream, whose client may be slow; what a whole answer gathers is bounded by its length.
+        """
         try:
             for request in self.requests:
                 self._replies.append(self._state.dispatcher.submit(request))
@@ -140,7 +139,7 @@ class Generation:
                 reply.close()
             self._state.metrics.refused(self.model.name, error.code or error.type)
             raise
-        limit = self._state.settings.max_pending_tokens
+        limit = None if tick is None else self._state.settings.max_pending_tokens * self._per_request
         return Exchange(self._replies, receive, max_pending_tokens=limit, tick=tick)
 
     def read(self, news: Sequence[tuple[int, ChoiceNews]]) -> list[tuple[int, Delta]]:

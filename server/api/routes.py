@@ -93,7 +93,8 @@ def _post(
 ) -> None:
     content = {"application/json": {"schema": _reference(answer)}}
     if chunk is not None:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": f"Events of {chunk.__name__}"}}
+        events = f"Events whose data is a {chunk.__name__}, and at the end [DONE]"
+        content["text/event-stream"] = {"schema": {"description": events}}
     app.add_api_route(
         path,
         handler,

@@ -35,13 +35,29 @@ def _plain_kwargs(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _integral(value: object) -> object:
+    """JSON knows one kind of number: 16.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _integral_items(value: object) -> object:
+    if isinstance(value, list) and float in set(map(type, value)):
+        return [_integral(each) for each in value]
+    return value
+
+
+INTEGRAL = BeforeValidator(_integral)
 Refused = Annotated[Any, *_unsupported()]
 RefusedList = Annotated[Any, *_unsupported([])]
 RefusedUnlessFalse = Annotated[Any, *_unsupported(False)]
 
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=1 << 31)]],
+    Field(max_length=MAX_TOKENS, fail_fast=True),
+    BeforeValidator(_integral_items),
+]
+PromptIds = Annotated[TokenIds, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 TemplateKwargs = Annotated[dict[str, Any], Field(max_length=32), AfterValidator(_plain_kwargs)]
 
@@ -62,16 +78,16 @@ class GenerationBody(Body):
     """What chat and text completions have in common."""
 
     model: ModelName
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), INTEGRAL] | None = None
     """Most output tokens."""
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     """Choices for each prompt. Default 1."""
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), INTEGRAL] | None = None
     """Equal requests with equal seeds get equal answers. Drawn if absent."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 takes the best token. Default: the model's own, else 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), INTEGRAL] | None = None
     """-1 or 0 keep all tokens."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
@@ -80,15 +96,15 @@ class GenerationBody(Body):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=1024),
+            Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
         ]
         | None
     ) = None
     """Added to the logits of these token ids."""
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     """The answer ends before the first of these texts."""
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=128)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), INTEGRAL] | None = None
     """No end token is drawn before this many output tokens."""
     ignore_eos: bool | None = None
     """Go on after the model's own end token."""
@@ -124,7 +140,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)] | None = None
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     """Text, or parts of type ``text`` that are joined by line breaks."""
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
@@ -147,13 +163,13 @@ class Message(Body):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS), INTEGRAL] | None = None
     """Most output tokens. Default: what the context leaves."""
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS), INTEGRAL] | None = None
     """The newer name of ``max_tokens``."""
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), INTEGRAL] | None = None
     """Best alternatives at each position; needs ``logprobs``."""
     add_generation_prompt: bool | None = None
     """Let the template open the assistant's turn. Default true."""
@@ -192,19 +208,19 @@ class CompletionBody(GenerationBody):
 
     prompt: (
         str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | PromptIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     """One text, or its token ids, or a list of either."""
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), INTEGRAL] | None = None
     """Most output tokens; 0 only with ``echo``. Default 16, as far as the context allows."""
     echo: bool | None = None
     """Put the prompt before the answer."""
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), INTEGRAL] | None = None
     add_special_tokens: bool | None = None
     """Let the tokenizer add its begin token to a text. Default true."""
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     """Must equal ``n``."""
     suffix: Annotated[Any, *_unsupported("")] = None
 
@@ -223,7 +239,7 @@ class TokenizeBody(Body):
     model: ModelName | None = None
     """May be left out where one model is served."""
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     """Default true for a prompt; a chat template writes its own special tokens."""
     add_generation_prompt: bool | None = None
@@ -241,7 +257,7 @@ class DetokenizeBody(Body):
     """POST /detokenize"""
 
     model: ModelName | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+    tokens: TokenIds
 
 
 REQUEST_BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)

@@ -54,7 +54,7 @@ class ApiSettings:
     keep_alive: float = 15.0
     """Silence on a stream after which a comment is sent."""
     max_pending_tokens: int = 4096
-    """Most tokens buffered for one client that does not read its stream; beyond, it alone is cancelled."""
+    """Most tokens of each choice buffered for a client that does not read its stream; beyond, it is cancelled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

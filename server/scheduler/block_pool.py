@@ -90,8 +90,8 @@ class BlockPool:
         return [self._take() for _ in range(count)]
 
     def commit(self, block: int, digest: bytes) -> None:
-        """Make a used block findable. Where equal content is findable already, that block stays the one to find."""
-        if self._hashes[block] is None and digest not in self._findable:
+        """Make a used block findable, once. Where equal content is findable already, nothing changes."""
+        if digest not in self._findable:
             self._hashes[block] = digest
             self._findable[digest] = block
 

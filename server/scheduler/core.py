@@ -151,7 +151,7 @@ class DynamicBatchScheduler:
         if not self._in_flight or self._in_flight[0].plan.step != result.step:
             raise ValueError(f"step {result.step} is not the oldest in flight")
         ticket = self._in_flight.popleft()
-        planned = [row.item for row in (*ticket.plan.rows, *ticket.plan.one_shot)]
+        planned = [row.item for row in ticket.plan.rows] + [row.item for row in ticket.plan.one_shot]
         if [row.item for row in result.rows] != planned:
             raise ValueError(f"the result of step {result.step} is not of the rows that were planned")
         self._settled_work = ticket.work

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from engines.protocol import End, TokenLogprobs
+from engines.protocol import Admit, End, RowResult, TokenLogprobs
 from server.scheduler.block_pool import block_hash
 from server.worker.wire import Item
 
@@ -135,3 +135,43 @@ class SequenceState:
             start = len(self._hashes) * self.block_size
             self._hashes.append(block_hash(parent, self.tokens[start : start + self.block_size]))
         return self._hashes[index]
+
+    def admit(self, matched: int) -> Admit:
+        """Full state of a resident for the engine; its first ``matched`` blocks are computed."""
+        return Admit(
+            item=self.item.item,
+            slot=self.slot,
+            tokens=list(self.tokens),
+            prompt_length=self.item.prompt_length,
+            blocks=tuple(self.blocks[:matched]),
+            sampling=self.item.sampling,
+            prompt_logprobs=self.item.prompt_logprobs if self.wants_prompt_logprobs else None,
+        )
+
+    def settle(self, drawn: list[int]) -> End:
+        """Append drawn tokens up to the one that ends the item."""
+        earliest_stop = self.item.prompt_length + self.item.sampling.min_tokens
+        for token in drawn:
+            self.tokens.append(token)
+            if token in self.stop_ids and len(self.tokens) > earliest_stop:
+                return "stop"
+            if len(self.tokens) >= self.limit:
+                return self.limit_end
+        return ""
+
+    def update(self, first_index: int, given: RowResult, taken: int, end: End) -> ItemUpdate:
+        """News of a row of which the first ``taken`` tokens count; what is told once is told now."""
+        update = ItemUpdate(
+            item=self.item.item,
+            first_index=first_index,
+            tokens=given.tokens[:taken],
+            end=end,
+            cached_tokens=self.cached_tokens,
+            queue_seconds=self.queue_seconds or 0.0,
+            logprobs=given.logprobs[:taken],
+            prompt_logprobs=self.prompt_logprobs,
+        )
+        self.reported = True
+        self.queue_seconds = 0.0
+        self.prompt_logprobs = []
+        return update

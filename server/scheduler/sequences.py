@@ -126,8 +126,8 @@ class SequenceLane:
             return None
         draft = _Draft()
         budget = self._open_budget(now)
-        if self._continue_residents(draft, budget):
-            self._admit_waiting(draft, budget, now)
+        self._continue_residents(draft, budget)
+        self._admit_waiting(draft, budget, now)
         if not draft.planned:
             return None
         # Only after all were placed, so that no row of this very step matches what the step itself writes.
@@ -162,8 +162,8 @@ class SequenceLane:
         self._token_budget = decodes + budget.limit()
         return budget
 
-    def _continue_residents(self, draft: _Draft, budget: StepBudget) -> bool:
-        """Plan rows of residents by arrival; False where blocks ran short."""
+    def _continue_residents(self, draft: _Draft, budget: StepBudget) -> None:
+        """Plan rows of residents by arrival."""
         for state in self._residents:
             pending = state.pending
             count = 1 if pending == 1 else budget.take(state.computed, pending) if pending else 0
@@ -171,14 +171,12 @@ class SequenceLane:
                 continue
             missing = self._residents.missing_blocks(state, count)
             new_blocks = self._make_room(state, missing) if missing > 0 else ()
-            if new_blocks is None:
-                # The latest of those that could give way: it keeps what it has and waits for others to end.
-                return False
-            self._add_row(draft, state, count, new_blocks)
-        return True
+            # None: it is the latest itself, keeps what it has, and waits for an earlier one to end.
+            if new_blocks is not None:
+                self._add_row(draft, state, count, new_blocks)
 
     def _make_room(self, state: SequenceState, missing: int) -> tuple[int, ...] | None:
-        """Blocks for a resident, taken from the latest arrivals if need be; None where none that is later has any.
+        """Blocks for a resident, taken from later arrivals if need be, the latest first; None where that is not enough.
 
         Residents are planned by arrival, so a later one has no row in this plan yet: its blocks change hands between
         steps. The earliest can take from all others, so at least one resident gets on, whatever the shortage.
@@ -193,7 +191,6 @@ class SequenceLane:
         """Take slot and blocks; all is computed again later, but for blocks that can still be found then."""
         self._residents.vacate(state)
         state.computed = 0
-        state.committed = 0
         self._preemptions += 1
         self._waiting.push(state)
 
@@ -214,7 +211,7 @@ class SequenceLane:
                 self._waiting.committed(state)
             if state.queue_seconds is None:
                 self._first_placed(state, now)
-            draft.admits.append(_admit(state, matched))
+            draft.admits.append(state.admit(matched))
             count = budget.take(state.computed, state.pending)
             self._add_row(draft, state, count, tuple(state.blocks[matched:]))
 
@@ -267,7 +264,7 @@ class SequenceLane:
         if state.wants_prompt_logprobs:
             state.prompt_logprobs += given.prompt_logprobs
         first_index = len(state.tokens) - state.item.prompt_length
-        end = _append(state, given.tokens)
+        end = state.settle(given.tokens)
         if state.prompt_only and row.start + row.count == len(state.tokens):
             end = state.limit_end
         taken = len(state.tokens) - state.item.prompt_length - first_index
@@ -276,7 +273,7 @@ class SequenceLane:
             # The engine drew less than it might have: only the last token's logits can draw the missing one.
             if not state.tickets and not end and state.computed >= len(state.tokens):
                 state.computed = len(state.tokens) - 1
-        update = _update(state, first_index, given, taken, end) if taken or end else None
+        update = state.update(first_index, given, taken, end) if taken or end else None
         if end:
             self._forget(state)
         return update
@@ -326,44 +323,3 @@ def _oldest_prompt(state: SequenceState | None) -> OldestPrompt | None:
     if state is None:
         return None
     return OldestPrompt(state.computed, state.pending, state.offered - state.item.waited)
-
-
-def _admit(state: SequenceState, matched: int) -> Admit:
-    return Admit(
-        item=state.item.item,
-        slot=state.slot,
-        tokens=list(state.tokens),
-        prompt_length=state.item.prompt_length,
-        blocks=tuple(state.blocks[:matched]),
-        sampling=state.item.sampling,
-        prompt_logprobs=state.item.prompt_logprobs if state.wants_prompt_logprobs else None,
-    )
-
-
-def _append(state: SequenceState, tokens: list[int]) -> End:
-    """Settle drawn tokens up to the one that ends the item; the engine masks stop ids before ``min_tokens``."""
-    earliest_stop = state.item.prompt_length + state.item.sampling.min_tokens
-    for token in tokens:
-        state.tokens.append(token)
-        if token in state.stop_ids and len(state.tokens) > earliest_stop:
-            return "stop"
-        if len(state.tokens) >= state.limit:
-            return state.limit_end
-    return ""
-
-
-def _update(state: SequenceState, first_index: int, given: RowResult, taken: int, end: End) -> ItemUpdate:
-    update = ItemUpdate(
-        item=state.item.item,
-        first_index=first_index,
-        tokens=given.tokens[:taken],
-        end=end,
-        cached_tokens=state.cached_tokens,
-        queue_seconds=state.queue_seconds or 0.0,
-        logprobs=given.logprobs[:taken],
-        prompt_logprobs=state.prompt_logprobs,
-    )
-    state.reported = True
-    state.queue_seconds = 0.0
-    state.prompt_logprobs = []
-    return update

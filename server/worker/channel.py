@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 import zmq
 
@@ -28,6 +29,7 @@ class Channel:
         self._on_message = on_message
         self._on_error = on_error
         self._loop = asyncio.get_running_loop()
+        self._file = Path(address.removeprefix("ipc://"))
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, QUEUE)
@@ -51,6 +53,7 @@ class Channel:
         if not self._socket.closed:
             self._loop.remove_reader(self._socket.FD)
             self._socket.close()
+            self._file.unlink(missing_ok=True)
 
     def _drain(self) -> None:
         for _ in range(BURST):

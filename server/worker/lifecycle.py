@@ -148,7 +148,6 @@ class Worker:
                 self._set_all("failed", "its worker process keeps failing and was given up")
                 return
             log.error("worker %d died: %s; it starts again in %.1f s", self.index, reason, pause)
-            self._set_all("restarting", "its worker process stopped and is being restarted")
             if not await self._sleep(pause):
                 self._owner.restarted(self)
 
@@ -176,6 +175,8 @@ class Worker:
         finally:
             self._channel.close()
             self._channel = None
+            # Clients and readiness first: the process may take a while to go.
+            self._set_all("restarting", "its worker process stopped and is being restarted")
             self._owner.lost(self)
             if self._process is not None:
                 await self._process.end()
@@ -209,6 +210,7 @@ class Worker:
         match message:
             case StepOutputs():
                 self._backoff.settled()
+                self._watchdog.settled(now)
                 self._owner.outputs(self, message)
             case LoadReport():
                 self._watchdog.report(message, now)

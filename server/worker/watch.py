@@ -26,6 +26,10 @@ class Watchdog:
         """Any message came."""
         self._heard_at = now
 
+    def settled(self, now: float) -> None:
+        """A step was settled."""
+        self._heard_at = self._progress_at = now
+
     def report(self, report: LoadReport, now: float) -> None:
         self.heard(now)
         busy = report.phase == "step" or any(engine.running or engine.waiting for engine in report.engines)

@@ -88,9 +88,9 @@ def test_found_blocks_are_as_good_as_computed_ones(engine: Engine) -> None:
     size = engine.capacity.block_size
     (prefix,) = prompts(engine, 2 * size)
     loop = Loop(engine)
-    loop.offer(make_items(prefix + [1, 2], max_tokens=1))
+    loop.offer(make_items([*prefix, 1, 2], max_tokens=1))
     loop.run()
-    items = [make_items(prefix + [token], seed=token)[0] for token in (1, 3, 3)]
+    items = [make_items([*prefix, token], seed=token)[0] for token in (1, 3, 3)]
     heard = same_as_alone(engine, loop, items)
     assert [one.cached_tokens for one in heard] == [2 * size] * 3
 
@@ -170,8 +170,10 @@ def test_random_traffic(engine: Engine) -> None:
     offered: list[tuple[Item, Heard]] = []
     for _ in range(60):
         if rng.random() < 0.3:
-            prompt = prefix[: rng.randint(1, 2 * size)] + [rng.randrange(engine.info.vocab_size)]
-            items = make_items(prompt, n=rng.choice([1, 1, 2]), max_tokens=rng.randint(1, 2 * size), seed=rng.randrange(2**64))
+            prompt = [*prefix[: rng.randint(1, 2 * size)], rng.randrange(engine.info.vocab_size)]
+            items = make_items(
+                prompt, n=rng.choice([1, 1, 2]), max_tokens=rng.randint(1, 2 * size), seed=rng.randrange(2**64)
+            )
             offered += zip(items, loop.offer(items), strict=True)
         if rng.random() < 0.1 and offered:
             loop.scheduler.cancel([rng.choice(offered)[0].item])

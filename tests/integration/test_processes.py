@@ -112,8 +112,16 @@ def test_requests_that_wait_for_one_answer_get_one_error_too(lasting: FakeServer
 def test_killed_api_process_takes_the_worker_with_it(server: FakeServer) -> None:
     with streams(server, 2, **ENDLESS):
         [worker] = server.workers()
+        folder = socket_folder(worker)
+        assert folder.stat().st_mode & 0o077 == 0
         server.process.kill()
         assert wait_until(lambda: gone(worker), "the worker to follow") < 2
+        assert not folder.exists()
+
+
+def socket_folder(worker: psutil.Process) -> Path:
+    [address] = [argument for argument in worker.cmdline() if argument.startswith("ipc://")]
+    return Path(address.removeprefix("ipc://")).parent
 
 
 def test_killed_api_process_takes_a_worker_inside_a_long_step_with_it(tmp_path: Path) -> None:
@@ -131,6 +139,7 @@ def test_killed_api_process_takes_a_worker_inside_a_long_step_with_it(tmp_path: 
 def test_signal_lets_open_streams_finish_and_exits_0(server: FakeServer, number: signal.Signals) -> None:
     with streams(server, 3, max_tokens=100) as opened:
         workers = server.workers()
+        folder = socket_folder(workers[0])
         server.signal(number)
         wait_until(lambda: not server.ready(), "readiness to go")
         refused = server.complete()
@@ -143,14 +152,15 @@ def test_signal_lets_open_streams_finish_and_exits_0(server: FakeServer, number:
             assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
         assert server.wait() == 0
     assert all(gone(worker) for worker in workers)
+    assert not folder.exists()
     assert "Traceback" not in server.log
 
 
-def test_idle_server_stops_within_a_second(server: FakeServer) -> None:
+def test_idle_server_stops_quickly(server: FakeServer) -> None:
     started = time.monotonic()
     server.signal(signal.SIGTERM)
     assert server.wait() == 0
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 2
 
 
 def test_what_is_open_after_the_grace_time_ends_with_one_error(tmp_path: Path) -> None:
@@ -173,7 +183,7 @@ def test_second_signal_exits_at_once(server: FakeServer) -> None:
         started = time.monotonic()
         server.signal(signal.SIGINT)
         assert server.wait() == 130
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 2
         wait_until(lambda: gone(worker), "the worker to go")
 
 

@@ -180,6 +180,12 @@ def test_cache_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     assert cache_home() == tmp_path / "own"
 
 
+def test_a_cache_folder_that_cannot_be_written_is_one_clear_error(wheels: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    with pytest.raises(CommandFailed, match="cannot be stored in the cache folder"):
+        Catalog(tmp_path / "home").pull("tiny", silent)
+
+
 def test_removing_what_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="not here"):
         Catalog(tmp_path / "home").remove("tiny")

@@ -42,7 +42,7 @@ def test_news_of_one_choice_is_gathered_until_taken() -> None:
     assert (second.choice, second.tokens, second.end) == (1, [5], "")
     assert reply.take() == []
     assert reply.pending_tokens == 0
-    assert (reply.first_token_at, reply.last_token_at) == (1.0, 2.0)
+    assert reply.first_token_at == 1.0
     assert not reply.finished
 
 
@@ -90,25 +90,32 @@ def test_close_cancels_what_is_open_once() -> None:
     reply.close()
     assert closed == [reply]
     assert reply.ends == ["stop", "cancelled"]
-    assert reply.closed
     assert reply.deliver(1, 0, [1], "", now=2.0) == []
 
 
-def test_next_waits_for_news_and_for_the_end() -> None:
+def test_watcher_is_woken_by_news_by_an_error_and_by_the_end() -> None:
     async def main() -> None:
         reply, _ = make_reply()
-        waiting = asyncio.ensure_future(reply.next())
-        await asyncio.sleep(0)
-        assert not waiting.done()
+        wake = asyncio.Event()
+        reply.watch(wake)
+        assert not wake.is_set()
         reply.deliver(0, 0, [1], "", now=1.0)
-        assert (await waiting)[0].tokens == [1]
-        waiting = asyncio.ensure_future(reply.next())
-        await asyncio.sleep(0)
+        assert wake.is_set()
+        wake.clear()
+        reply.fail(EngineUnavailable("died"))
+        assert wake.is_set()
+        wake.clear()
         reply.close()
-        with pytest.raises(ClientGone):
-            await waiting
+        assert wake.is_set()
 
     asyncio.run(main())
+
+
+def test_taking_after_close_tells_that_the_client_is_gone() -> None:
+    reply, _ = make_reply()
+    reply.close()
+    with pytest.raises(ClientGone):
+        reply.take()
 
 
 def test_overflow_closes_the_reply_and_calls() -> None:

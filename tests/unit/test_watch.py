@@ -58,6 +58,14 @@ def test_a_step_that_never_settles_is_found_though_reports_come() -> None:
     assert "settled no step" in (look(watchdog, 10.0, 11.0) or "")
 
 
+def test_settled_steps_are_progress_without_a_report() -> None:
+    watchdog = Watchdog(0.0, step_timeout=10, load_timeout=100)
+    watchdog.report(report(5, "step", running=1), 0.0)
+    watchdog.settled(8.0)
+    assert look(watchdog, 0.0, 18.0) is None
+    assert "said nothing" in (look(watchdog, 18.0, 19.0) or "")
+
+
 def test_work_that_is_never_planned_is_found() -> None:
     watchdog = Watchdog(0.0, step_timeout=10, load_timeout=100)
     found = None

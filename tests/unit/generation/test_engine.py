@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -187,6 +188,23 @@ def test_info_and_capacity_tell_what_was_loaded(engine: GenerationEngine) -> Non
     assert capacity.blocks == 8 * 256 // capacity.block_size
     assert info.weight_bytes > 0
     assert info.kv_bytes % capacity.blocks == 0
+
+
+def test_a_small_step_bounds_the_rows(folder: Path) -> None:
+    engine = load_tiny(folder, max_step_tokens=4, max_model_len=32)
+    assert (engine.capacity.max_rows, engine.capacity.max_step_tokens, engine.capacity.blocks) == (4, 4, 8)
+    engine.close()
+
+
+def test_sizes_nobody_asked_for_come_from_the_machine(folder: Path) -> None:
+    before = torch.get_num_threads()
+    engine = load_tiny(folder, threads=None, max_batch=None, max_step_tokens=None)
+    assert engine.capacity.max_rows == 64
+    assert engine.capacity.max_step_tokens in (128, 256, 512)
+    assert 1 <= engine.info.threads <= (os.cpu_count() or 1)
+    assert len(Driver(engine, [0, 1, 2]).tokens(PROMPT, 20)) == 20
+    engine.close()
+    torch.set_num_threads(before)
 
 
 def test_another_kv_dtype_or_seed_is_another_fingerprint(folder: Path) -> None:

@@ -207,3 +207,13 @@ class Rig:
 
     def load(self, name: str = "m") -> EngineLoad:
         return next(load for load in self.scheduler.load() if load.name == name)
+
+
+def shape(plan: StepPlan | None) -> list[tuple[int, int, int]]:
+    """(start, count, max_new) of each row."""
+    assert plan is not None
+    return [(row.start, row.count, row.max_new) for row in plan.rows]
+
+
+def with_capacity(config: SchedulerConfig | None = None, **fields: object) -> Rig:
+    return Rig(config, {"m": msgspec.structs.replace(SMALL, **fields)})

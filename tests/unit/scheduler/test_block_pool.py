@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -36,7 +36,12 @@ def test_a_hash_names_model_salt_history_and_tokens() -> None:
     assert root == root_hash("model", "salt")
     others = [root_hash("modelsalt", ""), root_hash("model", "other"), root_hash("", "modelsalt")]
     block = block_hash(root, [1, 2])
-    others += [block_hash(root, [2, 1]), block_hash(root, [1]), block_hash(block, [1, 2]), block_hash(others[0], [1, 2])]
+    others += [
+        block_hash(root, [2, 1]),
+        block_hash(root, [1]),
+        block_hash(block, [1, 2]),
+        block_hash(others[0], [1, 2]),
+    ]
     assert len({root, block, *others}) == 2 + len(others)
 
 
@@ -57,7 +62,7 @@ def test_counts_follow_a_block_through_its_life() -> None:
 def test_match_ends_at_the_first_unknown_block_and_changes_nothing() -> None:
     pool = BlockPool(8)
     blocks = cached_row(pool, names(3))
-    other_branch = names(1) + [block_hash(names(1)[0], [9, 9])] + names(3)[2:]
+    other_branch = [*names(1), block_hash(names(1)[0], [9, 9]), *names(3)[2:]]
     assert pool.match(names(5)) == blocks
     assert pool.match(other_branch) == blocks[:1]
     assert pool.match(names(3, "other salt")) == []
@@ -168,4 +173,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=40, deadline=None)
+TestPoolMachine.settings = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -89,6 +89,16 @@ def test_a_parked_item_can_be_cancelled() -> None:
     rig.check_all()
 
 
+def test_a_cancelled_item_never_leads() -> None:
+    rig = Rig()
+    rig.offer(*rig.group(range(10), 3))
+    rig.cancel(1001)
+    rig.cancel(1000)
+    assert starts(rig.must_launch()) == {2: 0}
+    rig.run()
+    rig.check_all()
+
+
 def test_all_can_be_cancelled_at_once() -> None:
     rig = Rig()
     rig.offer(*rig.group(range(10), 4))

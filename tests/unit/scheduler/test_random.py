@@ -6,7 +6,7 @@ import random
 
 import msgspec
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -166,4 +166,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=60, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

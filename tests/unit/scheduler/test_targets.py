@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -20,9 +21,16 @@ def machine(plan: StepPlan) -> float:
     return 0.010 + 1e-4 * sum(row.count for row in plan.rows)
 
 
-def rig_with_decodes(config: SchedulerConfig, max_tokens: int = 2000) -> Rig:
+def machine_with_attention(plan: StepPlan) -> float:
+    """The same, and 1 us a pair."""
+    return machine(plan) + 1e-6 * sum(attended_pairs(row.start, row.count) for row in plan.rows)
+
+
+def rig_with_decodes(
+    config: SchedulerConfig, max_tokens: int = 2000, seconds: Callable[[StepPlan], float] = machine
+) -> Rig:
     """Eight residents that decode, after enough steps to know the machine."""
-    rig = Rig(config, {"m": LARGE}, machine)
+    rig = Rig(config, {"m": LARGE}, seconds)
     for start in range(8):
         rig.offer(rig.item([start] * (20 + 40 * start), max_tokens=max_tokens))
         for _ in range(3):
@@ -50,6 +58,15 @@ def test_target_tpot_bounds_steps_with_decodes(tpot: float) -> None:
     assert chunk(rig) == pytest.approx((tpot - 0.0108) / 1e-4, rel=0.1)
     assert machine(rig.plans[-1]) <= tpot * 1.02
     assert rig.load().token_budget == pytest.approx((tpot - 0.0108) / 1e-4 + 8, rel=0.1)
+
+
+def test_target_tpot_counts_the_context_of_decodes() -> None:
+    rig = rig_with_decodes(SchedulerConfig(target_tpot=0.04), max_tokens=7000, seconds=machine_with_attention)
+    for _ in range(2000):
+        rig.tick()
+    # Eight decodes at some 2200 tokens take 28 ms, which leaves little for a prompt.
+    assert MIN_CHUNK < chunk(rig) < 120
+    assert machine_with_attention(rig.plans[-1]) == pytest.approx(0.04, rel=0.05)
 
 
 def test_target_tpot_holds_back_nothing_where_nobody_decodes() -> None:
