@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 import uvicorn
@@ -35,6 +34,7 @@ from server.errors import CommandFailed, EngineUnavailable
 from server.metrics import Metrics
 from server.settings import ModelSettings, Settings
 from server.text import load_text
+from server.version import version
 from server.worker.lifecycle import EngineStatus, WorkerSettings
 from server.worker.supervisor import Supervisor
 
@@ -46,14 +46,6 @@ CLOSE_TIMEOUT = 5
 TOKENIZER_THREADS = 4
 FAKE_CONTEXT = 2048
 """Tokens, until the fake engine says what it has."""
-
-
-def version() -> str:
-    """Of the installed distribution."""
-    try:
-        return metadata.version("slimserve")
-    except metadata.PackageNotFoundError:
-        return "0+source"
 
 
 def bind(host: str, port: int) -> socket.socket:
