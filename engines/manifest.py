@@ -85,7 +85,7 @@ def _read_gguf(path: Path) -> Manifest:
         vocab_size=fields.count("vocab_size"),
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
         eos_token_ids=fields.token_ids("eos_token_id"),
-        sampling_defaults={},
+        sampling_defaults=_sampling_defaults(_generation_config(path.parent)),
         files=(path,),
         fingerprint=_fingerprint(config, [(path, header.digest)]),
     )
@@ -104,9 +104,7 @@ def _read_folder(folder: Path, random_weights: bool) -> Manifest:
     architecture = _architecture(fields)
     _refuse_quantized(fields)
     headers = {} if random_weights else _read_headers(folder)
-    generation = Fields({}, "generation_config.json")
-    if (folder / "generation_config.json").exists():
-        generation = Fields(_read_json(folder / "generation_config.json"), "generation_config.json")
+    generation = _generation_config(folder)
     ends = (*generation.token_ids("eos_token_id"), *fields.token_ids("eos_token_id"))
     starts = (*generation.token_ids("bos_token_id"), *fields.token_ids("bos_token_id"))
     return Manifest(
@@ -123,6 +121,11 @@ def _read_folder(folder: Path, random_weights: bool) -> Manifest:
         files=tuple(headers),
         fingerprint=_fingerprint(config, [(path, header.digest) for path, header in headers.items()]),
     )
+
+
+def _generation_config(folder: Path) -> Fields:
+    path = folder / "generation_config.json"
+    return Fields(_read_json(path) if path.exists() else {}, path.name)
 
 
 def _what_else(folder: Path) -> str:

@@ -82,9 +82,6 @@ class Catalog:
         found = self.find(name)
         if found is not None:
             return found
-        found = self.find(name)
-        if found is not None:
-            return found
         try:
             with self._locked(folder, report):
                 return self.find(name) or self._fetch(name, source, folder, report)

