@@ -68,9 +68,13 @@ def test_pull_verifies_stores_lists_and_removes(wheels: Path, tmp_path: Path) ->
     assert {what for what, _, _ in seen} == {"downloading", "verifying"}
     assert all(done <= total for _, done, total in seen)
     assert [entry.name for entry in catalog.list()] == ["tiny"]
-    assert catalog.list()[0].size == len(CONTENT)
+    generation_config = path.parent / "generation_config.json"
+    assert json.loads(generation_config.read_text()) == {"temperature": 0.5}
+    assert catalog.list()[0].size == len(CONTENT) + generation_config.stat().st_size
     assert catalog.find("tiny") == path
-    assert sorted(file.name for file in path.parent.iterdir()) == [MARKER, "tiny.gguf"]
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted(
+        [MARKER, "generation_config.json", "tiny.gguf"]
+    )
     assert catalog.remove("tiny") > len(CONTENT)
     assert catalog.find("tiny") is None
     assert catalog.list() == []
