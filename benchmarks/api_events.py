@@ -106,7 +106,7 @@ def measure(server: Server, arguments: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=2000, help="output tokens of each stream")
+    parser.add_argument("--tokens", type=int, default=1900, help="output tokens of each stream")
     parser.add_argument("--clients", type=int, default=2, help="client processes")
     parser.add_argument("--step-ms", type=float, default=2.0, help="time of one fake step")
     parser.add_argument("--repeats", type=int, default=3)

@@ -66,14 +66,14 @@ async def one_stream(client: httpx.AsyncClient, server: Server, prompt: list[int
     }
     if server.name.startswith("llama.cpp"):
         body["cache_prompt"] = False
-    last: dict[str, object] = {}
+    tail = b""
     async with client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise RuntimeError(f"{server.name}: {response.status_code} {(await response.aread()).decode()[:500]}")
-        async for line in response.aiter_lines():
-            if '"usage":{' in line or '"usage": {' in line:
-                last = json.loads(line.removeprefix("data: "))
-    check_usage(server.name, last)
+        async for chunk in response.aiter_raw():
+            tail = (tail + chunk)[-8192:]
+    usage = [line for line in tail.split(b"\n") if b'"usage":{' in line]
+    check_usage(server.name, json.loads(usage[-1].removeprefix(b"data: ")) if usage else {})
 
 
 def check_usage(name: str, chunk: dict[str, object]) -> None:

@@ -19,9 +19,11 @@ MEASURABLE = 1e-9
 
 FIRST_PATIENCE, LAST_PATIENCE = 1.0, 60.0
 """Seconds between two tries of a thread count that has lost: doubled at each loss."""
-MARGIN = 1.1
-"""How much faster another thread count must be to take over."""
-DEAREST_TRY = 0.1
+DISTRESS = 1.6
+"""Steps this many times slower than at the load, on average, are worth a look at fewer threads."""
+MARGIN_UP, MARGIN_DOWN = 1.1, 1.3
+"""How much faster more threads, or fewer, must be to take over. One slow step must not cost the better count."""
+DEAREST_TRY = 0.3
 """Seconds that a step may be expected to take where it tries more threads, which may turn out many times slower."""
 SMOOTHING = 0.3
 """Weight of the last step in the mean of the present thread count."""
@@ -114,8 +116,9 @@ class ThreadGovernor:
     """Changes the thread count between steps when another one has become faster.
 
     A choice at load does not last: once other processes want the cores, an operation on several threads waits in
-    each of its parts for one that is not running. So now and then one step runs with the next lower or higher count,
-    more and more seldom while that loses. What a step computes does not depend on the count.
+    each of its parts for one that is not running. So when steps have become slow, one runs with the next lower count;
+    and a higher count than the present one is tried now and then, more and more seldom while that loses. On a quiet
+    machine nothing changes: changing the count costs time by itself. What a step computes does not depend on it.
     """
 
     def __init__(self, cores: int, chosen: int, cost: StepCost, clock: Callable[[], float]) -> None:
@@ -131,11 +134,15 @@ class ThreadGovernor:
         now = self._clock()
         self._at = self._home
         for index in self._neighbours():
-            cheap = index < self._home or self._cost.seconds(tokens) <= DEAREST_TRY
-            if cheap and now >= self._levels[index].trusted_until:
+            if self._worth_a_try(index, tokens) and now >= self._levels[index].trusted_until:
                 self._at = index
                 break
         torch.set_num_threads(self._levels[self._at].threads)
+
+    def _worth_a_try(self, index: int, tokens: int) -> bool:
+        if index < self._home:
+            return self._levels[self._home].slowness > DISTRESS
+        return self._cost.seconds(tokens) <= DEAREST_TRY
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn how long the prepared step took."""
@@ -155,7 +162,8 @@ class ThreadGovernor:
         home = self._levels[self._home]
         trusted = [index for index in self._neighbours() if now < self._levels[index].trusted_until]
         best = min(trusted, key=lambda index: self._levels[index].slowness, default=self._home)
-        if self._levels[best].slowness * MARGIN >= home.slowness:
+        margin = MARGIN_DOWN if best < self._home else MARGIN_UP
+        if self._levels[best].slowness * margin >= home.slowness:
             return
         if now - self._home_since > home.patience:
             home.patience = FIRST_PATIENCE

@@ -75,7 +75,7 @@ def test_both_sizes_count_by_their_ratio() -> None:
 def test_threads_follow_the_machines_load_and_losers_are_tried_ever_more_seldom() -> None:
     machine = Machine(quiet)
     governor = ThreadGovernor(2, *machine.choose(2), machine.clock)
-    assert machine.govern(governor, 2000).count(1) <= 5
+    assert 1 not in machine.govern(governor, 2000)
     machine.seconds = busy
     at_once = machine.govern(governor, 6)
     assert at_once[-1] == 1
