@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -73,13 +74,14 @@ async def one_stream(client: httpx.AsyncClient, server: Server, prompt: list[int
         async for chunk in response.aiter_raw():
             tail = (tail + chunk)[-8192:]
     usage = [line for line in tail.split(b"\n") if b'"usage":{' in line]
-    check_usage(server.name, json.loads(usage[-1].removeprefix(b"data: ")) if usage else {})
+    if not usage:
+        raise RuntimeError(f"{server.name} broke off or reported no usage: {tail[-500:]!r}")
+    check_usage(server.name, json.loads(usage[-1].removeprefix(b"data: ")))
 
 
-def check_usage(name: str, chunk: dict[str, object]) -> None:
+def check_usage(name: str, chunk: dict[str, Any]) -> None:
     """The server did the work that was asked for, all of it, and took nothing from a cache."""
-    usage = chunk.get("usage")
-    assert isinstance(usage, dict), f"{name} reported no usage"
+    usage = chunk["usage"]
     assert usage["prompt_tokens"] == PROMPT_TOKENS, f"{name}: {usage}"
     assert usage["completion_tokens"] == OUTPUT_TOKENS, f"{name}: {usage}"
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)

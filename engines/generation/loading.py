@@ -29,6 +29,8 @@ CPU_STEP_SECONDS = 0.5
 """A prompt's chunk holds up every running stream for one step, and a cancel too."""
 PROBE_TOKENS = 64
 """Prompt tokens of the step that stands for prefill when threads and step size are chosen."""
+PROBE_CONTEXT = 16384
+"""Tokens of the sequences in the measured step on a GPU: attention takes no more scratch for longer ones."""
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +124,9 @@ def _measure(
     max_rows = spec.max_batch or (CPU_ROWS if on_cpu else GPU_ROWS)
     step_tokens = spec.max_step_tokens or (CPU_STEP_TOKENS[0] if on_cpu else GPU_STEP_TOKENS)
     longest = min(model_len, step_tokens)
-    probe = Probe(model, max_rows, longest, placement.kv_dtype, placement.device, clock)
+    # On the CPU a step's memory does not depend on the contexts, and long ones would take seconds here.
+    context = longest if on_cpu else min(model_len, max(longest, PROBE_CONTEXT))
+    probe = Probe(model, max_rows, longest, context, placement.kv_dtype, placement.device, clock)
     governor = None
     if on_cpu and spec.threads is None:
         threads, cost = choose_threads(cores := available_cores(), probe.prompt, 1, min(PROBE_TOKENS, longest), clock)

@@ -18,6 +18,9 @@ COSTLIEST = SamplingParams(
 """Makes every part of the sampler run."""
 
 
+PROMPT_LOGPROBS = 20
+
+
 class Probe:
     """Rows that all share a few KV blocks: what is in them does not matter, only the work does."""
 
@@ -26,47 +29,60 @@ class Probe:
         model: Model,
         max_rows: int,
         longest: int,
+        context: int,
         kv_dtype: torch.dtype,
         device: torch.device,
         clock: Callable[[], float],
     ) -> None:
+        """``longest`` is the most tokens of a row in one step, ``context`` the most tokens of its sequence."""
         blocks = -(-longest // kv_cache.BLOCK_SIZE)
         capacity = Capacity(
             blocks=blocks,
             block_size=kv_cache.BLOCK_SIZE,
             max_rows=max_rows,
             max_step_tokens=longest,
-            max_model_len=longest,
+            max_model_len=context,
         )
         caches = kv_cache.allocate(model.kv_layout, blocks, kv_cache.BLOCK_SIZE, kv_dtype, device)
         self._runner = StepRunner(model, caches, capacity, device, clock)
-        self._blocks = tuple(range(blocks))
+        # A context that is longer than the cache goes round in it.
+        self._blocks = tuple(block % blocks for block in range(-(-context // kv_cache.BLOCK_SIZE)))
         self._longest = longest
-        self._device = device
-
-    def step(self, lengths: list[int], sampling: SamplingParams = GREEDY) -> None:
-        """Run a step to its end in which row i computes ``lengths[i]`` tokens and draws one."""
-        admits = tuple(
-            Admit(
-                item=slot, slot=slot, tokens=[0] * length, prompt_length=length, blocks=self._blocks, sampling=sampling
-            )
-            for slot, length in enumerate(lengths)
-        )
-        rows = tuple(
-            Row(item=slot, slot=slot, start=0, count=length, new_blocks=(), max_new=1)
-            for slot, length in enumerate(lengths)
-        )
-        self._runner.run(StepPlan(step=0, engine="", admits=admits, rows=rows)).result()
+        self._context = context
 
     def prompt(self, tokens: int) -> None:
         """Compute one prompt of so many tokens."""
-        self.step([tokens])
+        self._step([(0, tokens)], GREEDY, None)
 
     def largest_step(self, max_rows: int, max_step_tokens: int) -> None:
-        """One decode a row but for the last ones, whose prompts fill the step."""
+        """One decode a row but for the last ones, whose prompts fill the step, all at the end of a full context."""
         decodes = min(max_rows, max_step_tokens) - 1
         left = max_step_tokens - decodes
         prompts = [self._longest] * (left // self._longest)
         if left % self._longest:
             prompts.append(left % self._longest)
-        self.step(([1] * decodes + prompts)[-max_rows:], COSTLIEST)
+        counts = ([1] * decodes + prompts)[-max_rows:]
+        self._step([(self._context - count, count) for count in counts], COSTLIEST, PROMPT_LOGPROBS)
+
+    def _step(self, rows: list[tuple[int, int]], sampling: SamplingParams, prompt_logprobs: int | None) -> None:
+        """Run a step to its end in which each row computes ``count`` tokens from ``start`` on and draws one.
+
+        Log probabilities of the prompt, if asked for, are those of the last row.
+        """
+        admits = tuple(
+            Admit(
+                item=slot,
+                slot=slot,
+                tokens=[0] * (start + count),
+                prompt_length=start + count,
+                blocks=self._blocks,
+                sampling=sampling,
+                prompt_logprobs=prompt_logprobs if slot == len(rows) - 1 else None,
+            )
+            for slot, (start, count) in enumerate(rows)
+        )
+        plan_rows = tuple(
+            Row(item=slot, slot=slot, start=start, count=count, new_blocks=(), max_new=1)
+            for slot, (start, count) in enumerate(rows)
+        )
+        self._runner.run(StepPlan(step=0, engine="", admits=admits, rows=plan_rows)).result()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from engines.generation.truncation import min_p_threshold, top_k_threshold, top_p_threshold
-from engines.kernels import gumbel_noise
+from engines.kernels import draw_tokens, gumbel_noise
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them would overflow float32."""
@@ -57,14 +57,23 @@ def draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     plain, rows = draws.kind_starts[PLAIN], logits.shape[0]
     if plain == rows:
         return logits.argmax(dim=-1)
+    drawn = _draw_noisily(logits, draws, plain)
+    return torch.cat((logits[:plain].argmax(dim=-1), drawn)) if plain else drawn
+
+
+def _draw_noisily(logits: torch.Tensor, draws: Draws, plain: int) -> torch.Tensor:
+    """The rows from ``plain`` on, the first that is not greedy."""
     noise = draws.noise
+    truncation, sources = (draws.top_p, draws.min_p, draws.top_k), (noise.seeds, noise.choices, noise.positions)
+    drawn = draw_tokens(logits, plain, draws.temperature, truncation, sources)
+    if drawn is not None:
+        return drawn
     scores = logits[plain:] / draws.temperature[plain:].unsqueeze(1)
     truncated = draws.kind_starts[MIN_P] - plain
-    if truncated < rows - plain:
+    if truncated < scores.shape[0]:
         _rule_out(scores[truncated:], draws)
     scores += gumbel_noise(noise.seeds[plain:], noise.choices[plain:], noise.positions[plain:], logits.shape[1])
-    drawn = scores.argmax(dim=-1)
-    return torch.cat((logits[:plain].argmax(dim=-1), drawn)) if plain else drawn
+    return scores.argmax(dim=-1)
 
 
 def _rule_out(scaled: torch.Tensor, draws: Draws) -> None:

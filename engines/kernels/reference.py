@@ -14,6 +14,9 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 LOW_32 = 0xFFFFFFFF
+PADDED_BYTES = 256 << 20
+PADDED_QUERIES, PADDED_KEYS = 256, 1024
+"""Queries and keys of a row that ``padded_attention`` multiplies at once."""
 
 
 class AttentionBatch(Protocol):
@@ -126,59 +129,80 @@ def attention(
 def padded_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: AttentionBatch, scale: float
 ) -> torch.Tensor:
-    """As ``attention``, with rows padded to one length and masked, so that the host never waits for the device."""
+    """As ``attention``, in groups of rows that are padded to one length, so that the host never waits for the device.
+
+    Its temporary memory is bounded by ``PADDED_BYTES``, whatever the rows' number and lengths, or by what one row's
+    part of ``PADDED_QUERIES`` queries and ``PADDED_KEYS`` keys takes, if that is more.
+    """
     output = queries.new_empty(*queries.shape[:2], values.shape[-1])
     rows, decodes = batch.context_lengths.shape[0], batch.decode_rows
-    if decodes:
-        output[:decodes] = _padded_rows(
-            queries[:decodes].unsqueeze(1),
-            batch.positions[:decodes].unsqueeze(1),
-            0,
-            decodes,
-            keys,
-            values,
-            batch,
-            scale,
-        ).squeeze(1)
-    if rows > decodes:
-        tokens = torch.arange(decodes, queries.shape[0], device=queries.device)
-        row_of_token = torch.bucketize(tokens, batch.query_starts[1:].long(), right=True)
-        starts = batch.query_starts[decodes:-1].long()
-        padded = starts.unsqueeze(1) + torch.arange(batch.longest_query, device=queries.device)
-        padded = padded.clamp(max=queries.shape[0] - 1)
-        attended = _padded_rows(queries[padded], batch.positions[padded], decodes, rows, keys, values, batch, scale)
-        output[decodes:] = attended[row_of_token - decodes, tokens - starts[row_of_token - decodes]]
+    for first, last, longest in ((0, decodes, 1), (decodes, rows, batch.longest_query)):
+        size = min(longest, PADDED_QUERIES)
+        group = _rows_at_once(size, queries, keys, values, batch)
+        for row in range(first, last, group):
+            for begin in range(0, longest, size):
+                _attend_padded(
+                    range(row, min(row + group, last)), begin, size, queries, keys, values, batch, scale, output
+                )
     return output
 
 
-def _padded_rows(
+def _rows_at_once(
+    size: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: AttentionBatch
+) -> int:
+    """How many rows of ``size`` queries each fit in ``PADDED_BYTES``, at least one."""
+    heads, kv_heads = queries.shape[1], keys.shape[2]
+    part = min(PADDED_KEYS, batch.longest_context + keys.shape[1])
+    # Of each row in float32, all copies counted: gathered keys and values, scores, and sums with their update.
+    gathered = 3 * part * kv_heads * (keys.shape[-1] + values.shape[-1])
+    computed = heads * size * (4 * part + 3 * values.shape[-1] + 2 * queries.shape[-1])
+    return max(1, PADDED_BYTES // (4 * (gathered + computed)))
+
+
+def _attend_padded(
+    rows: range,
+    begin: int,
+    size: int,
     queries: torch.Tensor,
-    positions: torch.Tensor,
-    first_row: int,
-    last_row: int,
     keys: torch.Tensor,
     values: torch.Tensor,
     batch: AttentionBatch,
     scale: float,
-) -> torch.Tensor:
-    """(rows, Q, Hq, D) queries at (rows, Q) positions of the rows first_row .. last_row-1 -> (rows, Q, Hq, Dv)."""
-    block_size = keys.shape[1]
-    widest = -(-batch.longest_context // block_size)
-    blocks = batch.block_tables[first_row:last_row, :widest].long()
-    row_keys = keys[blocks].flatten(1, 2).transpose(1, 2).to(queries.dtype)
-    row_values = values[blocks].flatten(1, 2).transpose(1, 2).to(queries.dtype)
-    places = torch.arange(row_keys.shape[2], device=queries.device)
-    visible = places <= positions.unsqueeze(-1)
-    # A slot that no token was ever written to may hold anything; its weight is 0, and 0 * NaN would still be NaN.
-    in_context = (places < batch.context_lengths[first_row:last_row].unsqueeze(1))[:, None, :, None]
-    return functional.scaled_dot_product_attention(
-        queries.transpose(1, 2),
-        row_keys.where(in_context, 0),
-        row_values.where(in_context, 0),
-        attn_mask=visible.unsqueeze(1),
-        scale=scale,
-        enable_gqa=True,
-    ).transpose(1, 2)
+    output: torch.Tensor,
+) -> None:
+    """Queries ``begin .. begin+size-1`` of each of the rows; rows that have fewer repeat their last one."""
+    part, block_size = slice(rows.start, rows.stop), keys.shape[1]
+    starts, ends = batch.query_starts[rows.start : rows.stop].long(), batch.query_starts[rows.start + 1 : rows.stop + 1]
+    places = (starts.unsqueeze(1) + torch.arange(begin, begin + size, device=queries.device)).minimum(
+        ends.long().unsqueeze(1) - 1
+    )
+    positions, kv_heads = batch.positions[places], keys.shape[2]
+    # (rows, Hk, group * size, D): the heads of a group stand one after the other, as queries of one key head.
+    asked = (queries[places].float() * scale).view(len(rows), size, kv_heads, -1, queries.shape[2])
+    asked = asked.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    best = asked.new_full((*asked.shape[:-1], 1), -torch.inf)
+    total = torch.zeros_like(best)
+    sums = asked.new_zeros(*asked.shape[:-1], values.shape[-1])
+    blocks_at_once = max(1, PADDED_KEYS // block_size)
+    for block in range(0, -(-batch.longest_context // block_size), blocks_at_once):
+        blocks = batch.block_tables[part, block : block + blocks_at_once].long()
+        visible_at = torch.arange(block * block_size, (block + blocks.shape[1]) * block_size, device=queries.device)
+        # A slot that no token was ever written to may hold anything; its weight is 0, and 0 * NaN would still be NaN.
+        written = (visible_at < batch.context_lengths[part].unsqueeze(1))[:, :, None, None]
+        found = [cache[blocks].flatten(1, 2).where(written, 0).float().transpose(1, 2) for cache in (keys, values)]
+        hidden = (visible_at > positions.unsqueeze(-1))[:, None, None]
+        scores = torch.matmul(asked, found[0].transpose(-1, -2))
+        scores.view(len(rows), kv_heads, -1, size, blocks.shape[1] * block_size).masked_fill_(hidden, -torch.inf)
+        # Every query sees the first key of its row, so from the first part on the maximum is finite.
+        higher = scores.amax(dim=-1, keepdim=True).maximum(best)
+        weights = scores.sub_(higher).exp_()
+        shrink = (best - higher).exp_()
+        total = total * shrink + weights.sum(dim=-1, keepdim=True)
+        sums = sums.mul_(shrink) + torch.matmul(weights, found[1])
+        best = higher
+    # Repeated queries are written more than once, each time with the same bits.
+    attended = (sums / total).view(len(rows), kv_heads, -1, size, values.shape[-1]).permute(0, 3, 1, 2, 4)
+    output[places] = attended.flatten(2, 3).to(output.dtype)
 
 
 def philox_4x32(key: tuple[torch.Tensor, torch.Tensor], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -41,8 +41,16 @@ class GroupedQueryAttention:
         if self.query_norm is not None and self.key_norm is not None:
             queries = kernels.rms_norm(queries, self.query_norm, self.eps)
             keys = kernels.rms_norm(keys, self.key_norm, self.eps)
-        kernels.rope_(queries, keys, batch.positions, self.cos_sin, interleaved=False)
-        kernels.write_kv(keys, values, cache, batch.cache_slots)
+        kernels.rope_write_kv(
+            queries,
+            keys,
+            values,
+            batch.positions,
+            self.cos_sin,
+            interleaved=False,
+            cache=cache,
+            cache_slots=batch.cache_slots,
+        )
         attended = kernels.paged_attention(queries, cache, batch, self.scale)
         return self.output(attended.view(-1, heads * self.head_dim))
 

@@ -1,0 +1,78 @@
+"""Triton kernels for tensors on an NVIDIA GPU, loaded when the first such tensor comes.
+
+Functions here take CUDA tensors that ``engines.kernels`` has already found to fit; they check nothing. None waits for
+the device, none depends on anything but the tensors' shapes and the batch's host numbers, and a row's result does
+not depend on the other rows of the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import subprocess
+from dataclasses import dataclass
+
+import torch
+
+OLDEST_CAPABILITY = (8, 0)
+"""Ampere: the first with bfloat16 matrix units."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TritonStatus:
+    """Whether Triton kernels serve CUDA tensors, and why not."""
+
+    version: str | None
+    """Of Triton; None where it cannot be used."""
+    reason: str
+    """Empty, or why the kernels run in plain torch."""
+
+
+class TritonKernels:
+    """The kernels of this process."""
+
+    def __init__(self) -> None:
+        """Raises ImportError where Triton is not installed."""
+        from engines.kernels.cuda import attention, elementwise, sampling
+
+        self.attention = attention.attention
+        self.fits_attention = attention.fits
+        self.rms_norm = elementwise.rms_norm
+        self.add_rms_norm = elementwise.add_rms_norm
+        self.silu_mul = elementwise.silu_mul
+        self.rope_ = elementwise.rope_
+        self.rope_write_kv = elementwise.rope_write_kv
+        self.write_cache = elementwise.write_cache
+        self.gumbel_noise = sampling.gumbel_noise
+        self.draw_tokens = sampling.draw_tokens
+
+
+@functools.cache
+def _shared() -> tuple[TritonKernels | None, TritonStatus]:
+    if not torch.cuda.is_available():
+        return None, TritonStatus(None, "there is no CUDA device")
+    capability = torch.cuda.get_device_capability()
+    try:
+        if capability < OLDEST_CAPABILITY:
+            raise ImportError(f"the GPU's compute capability {capability} is below {OLDEST_CAPABILITY}")
+        import triton
+
+        kernels = TritonKernels()
+        # The first launch compiles: without a C compiler for its launcher, Triton fails only here.
+        kernels.silu_mul(torch.zeros((1, 32), device="cuda"))
+    except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        logger.warning("GPU kernels run in plain torch, many times slower: %s", error)
+        return None, TritonStatus(None, str(error))
+    return kernels, TritonStatus(str(triton.__version__), "")
+
+
+def shared_triton() -> TritonKernels | None:
+    """The process's kernels, imported at the first call; None where they cannot be used."""
+    return _shared()[0]
+
+
+def triton_status() -> TritonStatus:
+    """Which Triton serves CUDA tensors, or why none does."""
+    return _shared()[1]
