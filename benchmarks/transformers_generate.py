@@ -12,12 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.cpu_generation import OUTPUT_TOKENS, fresh_prompts
-
-
-def load(model: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=torch.float32).eval()
+from engines.manifest import read_manifest
+from tests.smollm2_reference import reference_model
 
 
 def generate(model: Any, prompts: list[list[int]]) -> None:
@@ -28,13 +24,14 @@ def generate(model: Any, prompts: list[list[int]]) -> None:
         do_sample=False,
         min_new_tokens=OUTPUT_TOKENS,
         max_new_tokens=OUTPUT_TOKENS,
+        pad_token_id=0,
     )
     assert output.shape[1] == ids.shape[1] + OUTPUT_TOKENS
 
 
 def main() -> None:
     path, repeats, *stream_counts = sys.argv[1:]
-    model = load(Path(path))
+    model = reference_model(read_manifest(Path(path)))
     randomness = random.Random()
     rows: list[dict[str, object]] = []
     for _ in range(int(repeats)):
