@@ -9,6 +9,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from server.version import version
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -28,7 +30,9 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with a + where files differ from it."""
+    """Short hash of the checkout, with a + where files differ from it. BENCH_COMMIT names it in a copy without git."""
+    if named := os.environ.get("BENCH_COMMIT"):
+        return named
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
@@ -47,7 +51,7 @@ def machine() -> dict[str, object]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": metadata.version("torch"),
-        "slimserve": metadata.version("slimserve"),
+        "slimserve": version(),
         "commit": commit(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
     }
