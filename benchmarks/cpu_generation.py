@@ -55,37 +55,53 @@ def fresh_prompts(count: int, randomness: random.Random) -> list[list[int]]:
     return [randomness.choices(VOCABULARY, k=PROMPT_TOKENS) for _ in range(count)]
 
 
+@dataclass(frozen=True)
+class Work:
+    """Tokens that one stream took."""
+
+    prompt: int
+    cached: int
+    output: int
+
+
+EXPECTED = Work(PROMPT_TOKENS, 0, OUTPUT_TOKENS)
+COMMON = {"temperature": 0, "ignore_eos": True, "stream": True}
+
+
 async def one_stream(client: httpx.AsyncClient, server: Server, prompt: list[int]) -> None:
-    body = {
-        "model": "smollm2",
-        "prompt": prompt,
-        "max_tokens": OUTPUT_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if server.name.startswith("llama.cpp"):
-        body["cache_prompt"] = False
+    """Raises RuntimeError where the server did not do all the work, or took some of it from a cache."""
+    is_llama = server.name.startswith("llama.cpp")
+    # llama.cpp's own route: its OpenAI one parses what the model says, and fails on some outputs of random prompts.
+    path, body = ("/completion", llama_body(prompt)) if is_llama else ("/v1/completions", our_body(prompt))
     tail = b""
-    async with client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise RuntimeError(f"{server.name}: {response.status_code} {(await response.aread()).decode()[:500]}")
+    async with client.stream("POST", server.url + path, json=body) as response:
         async for chunk in response.aiter_raw():
-            tail = (tail + chunk)[-8192:]
-    usage = [line for line in tail.split(b"\n") if b'"usage":{' in line]
+            tail = (tail + chunk)[-16384:]
+    events = [line.removeprefix(b"data: ") for line in tail.split(b"\n") if line.startswith(b"data: {")]
+    done = (llama_work if is_llama else our_work)(json.loads(events[-1])) if events else None
+    if done != EXPECTED:
+        raise RuntimeError(f"{server.name} did {done} instead of {EXPECTED}: {tail[-500:]!r}")
+
+
+def our_body(prompt: list[int]) -> dict[str, Any]:
+    usage = {"stream_options": {"include_usage": True}}
+    return COMMON | usage | {"model": "smollm2", "prompt": prompt, "max_tokens": OUTPUT_TOKENS}
+
+
+def our_work(event: dict[str, Any]) -> Work | None:
+    usage = event.get("usage")
     if not usage:
-        raise RuntimeError(f"{server.name} broke off or reported no usage: {tail[-500:]!r}")
-    check_usage(server.name, json.loads(usage[-1].removeprefix(b"data: ")))
+        return None
+    return Work(usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"], usage["completion_tokens"])
 
 
-def check_usage(name: str, chunk: dict[str, Any]) -> None:
-    """The server did the work that was asked for, all of it, and took nothing from a cache."""
-    usage = chunk["usage"]
-    assert usage["prompt_tokens"] == PROMPT_TOKENS, f"{name}: {usage}"
-    assert usage["completion_tokens"] == OUTPUT_TOKENS, f"{name}: {usage}"
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-    assert cached == 0, f"{name}: {cached} prompt tokens came from a cache"
+def llama_body(prompt: list[int]) -> dict[str, Any]:
+    return COMMON | {"prompt": prompt, "n_predict": OUTPUT_TOKENS, "cache_prompt": False}
+
+
+def llama_work(event: dict[str, Any]) -> Work | None:
+    timings = event.get("timings")
+    return timings and Work(timings["prompt_n"], timings["cache_n"], timings["predicted_n"])
 
 
 async def tokens_per_second(server: Server, prompts: Sequence[list[int]]) -> float:
