@@ -36,7 +36,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for _ in range(int(repeats)):
         for count in map(int, stream_counts):
-            prompts = fresh_prompts(count, randomness)
+            prompts = fresh_prompts(Path(path), count, randomness)
             # One prompt after the other runs at one rate whatever their number: four are enough to measure it.
             sample = prompts[:4]
             started = time.perf_counter()
