@@ -160,6 +160,7 @@ def test_client_that_leaves_cancels_its_request(manifest: Manifest, stream: bool
 def test_client_that_does_not_read_is_cancelled_alone(manifest: Manifest) -> None:
     async def main() -> None:
         dispatcher, stream = open_stream(manifest, ApiSettings(max_pending_tokens=8))
+        await until(lambda: dispatcher.replies)
         other = Connection(stream.app, "/v1/completions", BODY)
         await until(lambda: len(dispatcher.replies) == 2)
         stream.writable.clear()
