@@ -99,24 +99,34 @@ def converse(client: ChatClient, model: str | None, system: str | None, console:
         show(client.answer(model, [*messages, {"role": "user", "content": question}]), console)
         return
     console.print(f"[dim]{model}; Ctrl-C stops an answer, Ctrl-D leaves[/dim]")
-    while (question := _ask(console)) is not None:
-        if question:
-            messages.append({"role": "user", "content": question})
-            try:
-                answer = show(client.answer(model, messages), console)
-                messages.append({"role": "assistant", "content": answer})
-            except CommandFailed as error:
-                messages.pop()
-                console.print(str(error), style="red", highlight=False, markup=False)
+    while True:
+        # Ctrl-C at the prompt, or in the moment after a stopped answer, leads back to the prompt.
+        try:
+            question = _ask(console)
+            if question is None:
+                return
+            if question:
+                _exchange(client, model, messages, question, console)
+        except KeyboardInterrupt:
+            console.print()
+
+
+def _exchange(client: ChatClient, model: str, messages: list[Message], question: str, console: Console) -> None:
+    """Put one question and show the answer; ``messages`` grows by both, or by neither where the server refuses."""
+    messages.append({"role": "user", "content": question})
+    try:
+        answer = show(client.answer(model, messages), console)
+    except CommandFailed as error:
+        messages.pop()
+        console.print(str(error), style="red", highlight=False, markup=False)
+    else:
+        messages.append({"role": "assistant", "content": answer})
 
 
 def _ask(console: Console) -> str | None:
     """None to leave."""
     try:
         return console.input("[bold cyan]> [/bold cyan]").strip()
-    except KeyboardInterrupt:
-        console.print()
-        return ""
     except EOFError:
         console.print()
         return None

@@ -1,6 +1,9 @@
-"""Read values out of a ``/metrics`` page."""
+"""Read values out of a ``/metrics`` page, and wait for them."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,3 +21,16 @@ def metric(url: str, name: str, **labels: str) -> float:
     if not values:
         raise KeyError(f"{name} {labels}")
     return sum(values)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Raises AssertionError where it does not come true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
+def wait_until_zero(url: str, *gauges: str) -> None:
+    """The worker reports its gauges twice a second."""
+    wait_until(lambda: not any(metric(url, gauge) for gauge in gauges))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from dataclasses import dataclass
 
 import httpx
 
 from benchmarks.servers import Server
-from tests.metrics_text import metric
+from tests.metrics_text import metric, wait_until_zero
 
 STREAMS = 64
 WORDS = ("river", "stone", "light", "engine", "paper", "seven", "cloud", "garden", "winter", "music", "table", "clock")
@@ -92,10 +91,7 @@ def test_streams_together_equal_streams_alone(real_server: Server) -> None:
             assert answer.text == reference.text, ask
         else:
             assert reference.text.startswith(answer.text), ask
-    deadline = time.monotonic() + 10
-    while metric(real_server.url, "slimserve_kv_blocks_used") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert metric(real_server.url, "slimserve_kv_blocks_used") == 0
-    assert metric(real_server.url, "slimserve_requests_running") == 0
-    assert metric(real_server.url, "slimserve_requests_waiting") == 0
+    wait_until_zero(
+        real_server.url, "slimserve_kv_blocks_used", "slimserve_requests_running", "slimserve_requests_waiting"
+    )
     assert metric(real_server.url, "slimserve_integrity_errors_total") == 0

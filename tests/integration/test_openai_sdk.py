@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import cast
 
@@ -10,7 +9,7 @@ import openai
 import pytest
 
 from benchmarks.servers import Server
-from tests.metrics_text import metric
+from tests.metrics_text import metric, wait_until, wait_until_zero
 
 MODEL = "smollm2"
 
@@ -119,10 +118,6 @@ def test_cancel_in_mid_stream_frees_the_blocks(client: openai.OpenAI, real_serve
     for index, _ in enumerate(stream):
         if index == 3:
             break
-    assert metric(real_server.url, "slimserve_kv_blocks_used") > 0
+    wait_until(lambda: metric(real_server.url, "slimserve_kv_blocks_used") > 0)
     stream.close()
-    deadline = time.monotonic() + 10
-    while metric(real_server.url, "slimserve_kv_blocks_used") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert metric(real_server.url, "slimserve_kv_blocks_used") == 0
-    assert metric(real_server.url, "slimserve_requests_running") == 0
+    wait_until_zero(real_server.url, "slimserve_kv_blocks_used", "slimserve_requests_running")
