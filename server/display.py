@@ -37,20 +37,21 @@ class ProgressLines:
         self._shown: dict[str, str] = {}
 
     def update(self, name: str, what: str, done: int = 0, total: int = 0) -> None:
+        changed = self._shown.get(name) != what
+        self._shown[name] = what
         if not self._console.is_terminal:
-            if self._shown.get(name) != what:
-                self._shown[name] = what
+            if changed:
                 self._console.print(f"{name}: {what}" + (f" ({size(total)})" if total else ""), highlight=False)
             return
         if self._bars is None:
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self._bars = Progress(*columns, console=self._console, transient=True)
             self._bars.start()
+        if changed and name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task("")
-        self._bars.update(
-            self._tasks[name], description=f"{name}: {what}", completed=done, total=total if total else None
-        )
+            self._tasks[name] = self._bars.add_task(f"{name}: {what}", total=total or None)
+        self._bars.update(self._tasks[name], completed=done, total=total or None)
 
     def end(self, name: str) -> None:
         self._shown.pop(name, None)
