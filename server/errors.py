@@ -6,7 +6,6 @@ SlimserveError
 ├── ModelNotFound 404
 ├── RequestTimeout 408      the body did not arrive in time
 ├── BodyTooLarge 413
-├── QuotaExceeded 429       with Retry-After
 ├── Overloaded 503          with Retry-After: try again later
 ├── EngineUnavailable 503   the model's worker is starting, restarting or failed
 ├── InternalError 500       our own fault; the details are in the log only
@@ -62,12 +61,6 @@ class BodyTooLarge(SlimserveError):
     status = 413
     type = "invalid_request_error"
     code = "body_too_large"
-
-
-class QuotaExceeded(SlimserveError):
-    status = 429
-    type = "rate_limit_error"
-    code = "rate_limit_exceeded"
 
 
 class Overloaded(SlimserveError):

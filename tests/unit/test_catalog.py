@@ -49,7 +49,6 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         size=len(CONTENT),
         sha256=hashlib.sha256(CONTENT).hexdigest(),
         wheel_size=wheel.stat().st_size,
-        licence="MIT",
         generation_config={"temperature": 0.5},
     )
     monkeypatch.setitem(CATALOG, "tiny", source)
