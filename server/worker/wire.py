@@ -5,9 +5,14 @@ Every message from a worker carries its incarnation, so that what a dead worker 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from engines.protocol import Capacity, End, EngineInfo, EngineSpec, LoadProgress, SamplingParams, TokenLogprobs
+
+
+Priority = Literal["high", "normal", "low"]
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +34,20 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks of different salts never match."""
     waited: float = 0.0
     """Seconds since the request arrived at the API process when this was sent."""
+    priority: Priority = "normal"
+    tenant: str = ""
+    weight: float = 1.0
+    """Share of the tenant beside others of the same priority."""
+    ttft: float | None = None
+    """Target in seconds from arrival to the first token; None aims at nothing. So does ``tpot``."""
+    tpot: float | None = None
+    """Target in seconds for the mean of each later token."""
+    firm: bool = False
+    """The operator or the client set the targets: an item that must miss its first token is refused early."""
+    timeout: float | None = None
+    """Seconds from arrival after which the client no longer waits for the first token."""
+    suspect: bool = False
+    """It was in the step at which workers died: no other item may share a step with it."""
     rows: int = 0
     """One-shot items: rows in the batch; 0 marks a sequence."""
     bucket: int = 0
@@ -100,12 +119,19 @@ class Unloaded(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
+Refusal = Literal["invalid", "overload", "timeout"]
+"""Why an item is refused: it can never run here, it cannot be served in time, its client has stopped waiting."""
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The scheduler's ``offer`` is final: it may refuse what the door let in."""
+    """The scheduler is the second gate: it may refuse what the door let in, until an item's first token."""
 
     incarnation: int
     items: list[int]
     reason: str
+    kind: Refusal = "invalid"
+    retry_after: float = 0.0
+    """Seconds until the load should have gone down; 0 where trying again is of no use."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,6 +154,18 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     prefix_hits: int
     """Prompt tokens found."""
     integrity_errors: int
+    predicted_wait: float = 0.0
+    """Seconds until a request that arrives now would be given its first step."""
+    prompt_token_seconds: float = 0.0
+    """What one more waiting prompt token adds to that, beside the decodes of now."""
+    recomputed_tokens: int = 0
+    """Tokens computed again after a preemption."""
+    computed_tokens: int = 0
+    decisions: dict[str, int] = {}
+    """How often the scheduler decided what, by reason, since the worker started."""
+    step_error_p50: float = 0.0
+    """Relative error of the predicted step times of late."""
+    step_error_p95: float = 0.0
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -151,6 +189,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     """Computed tokens, prompt and output together."""
     prompt_tokens: int
+    predicted_seconds: float = 0.0
+    """What the scheduler thought that the step would take; 0 where it knew nothing yet."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True, kw_only=True):
