@@ -27,6 +27,10 @@ class AttentionBatch(Protocol):
         """(T,) int64: place of each token in its sequence."""
 
     @property
+    def cache_slots(self) -> torch.Tensor:
+        """(T,) int64: where each token's KV is written; -1 writes none."""
+
+    @property
     def query_starts(self) -> torch.Tensor:
         """(R+1,) int32: row r holds flat tokens ``query_starts[r] .. query_starts[r+1]-1``."""
 
@@ -36,11 +40,16 @@ class AttentionBatch(Protocol):
 
     @property
     def block_tables(self) -> torch.Tensor:
-        """(R, widest) int32: block ids in sequence order."""
+        """(lines, widest) int32: block ids in sequence order."""
 
     @property
-    def decode_rows(self) -> int:
-        """The first so many rows have exactly one token each."""
+    def table_rows(self) -> torch.Tensor | None:
+        """(R,) int32: the line of ``block_tables`` that belongs to each row; None: row r has line r."""
+
+    @property
+    def decode_rows(self) -> int | None:
+        """The first so many rows have exactly one token each. None: the host does not know, the device has to look;
+        some rows may then have no token at all."""
 
     @property
     def longest_query(self) -> int:
@@ -56,14 +65,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * scale * weight.float()).to(x.dtype)
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x + residual`` and its rms norm: (normed, new residual). The inputs stay as they are."""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -99,6 +100,11 @@ def write_cache(entries: torch.Tensor, cache: torch.Tensor, cache_slots: torch.T
     cache.view(-1, *cache.shape[2:])[cache_slots] = entries.to(cache.dtype)
 
 
+def row_tables(batch: AttentionBatch) -> torch.Tensor:
+    """(R, widest) int32: each row's own line of the block tables."""
+    return batch.block_tables if batch.table_rows is None else batch.block_tables[batch.table_rows.long()]
+
+
 def attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: AttentionBatch, scale: float
 ) -> torch.Tensor:
@@ -109,9 +115,9 @@ def attention(
     numbers on the host: for a device that would be waited for, see ``padded_attention``.
     """
     output = queries.new_empty(*queries.shape[:2], values.shape[-1])
-    starts, positions = batch.query_starts.tolist(), batch.positions.tolist()
+    starts, positions, tables = batch.query_starts.tolist(), batch.positions.tolist(), row_tables(batch)
     for row in range(len(starts) - 1):
-        blocks = batch.block_tables[row].long()
+        blocks = tables[row].long()
         row_keys = keys[blocks].flatten(0, 1).transpose(0, 1)
         row_values = values[blocks].flatten(0, 1).transpose(0, 1)
         for token in range(starts[row], starts[row + 1]):
@@ -135,7 +141,7 @@ def padded_attention(
     part of ``PADDED_QUERIES`` queries and ``PADDED_KEYS`` keys takes, if that is more.
     """
     output = queries.new_empty(*queries.shape[:2], values.shape[-1])
-    rows, decodes = batch.context_lengths.shape[0], batch.decode_rows
+    rows, decodes = batch.context_lengths.shape[0], batch.decode_rows or 0
     for first, last, longest in ((0, decodes, 1), (decodes, rows, batch.longest_query)):
         size = min(longest, PADDED_QUERIES)
         group = _rows_at_once(size, queries, keys, values, batch)
@@ -183,9 +189,9 @@ def _attend_padded(
     best = asked.new_full((*asked.shape[:-1], 1), -torch.inf)
     total = torch.zeros_like(best)
     sums = asked.new_zeros(*asked.shape[:-1], values.shape[-1])
-    blocks_at_once = max(1, PADDED_KEYS // block_size)
+    blocks_at_once, tables = max(1, PADDED_KEYS // block_size), row_tables(batch)
     for block in range(0, -(-batch.longest_context // block_size), blocks_at_once):
-        blocks = batch.block_tables[part, block : block + blocks_at_once].long()
+        blocks = tables[part, block : block + blocks_at_once].long()
         visible_at = torch.arange(block * block_size, (block + blocks.shape[1]) * block_size, device=queries.device)
         # A slot that no token was ever written to may hold anything; its weight is 0, and 0 * NaN would still be NaN.
         written = (visible_at < batch.context_lengths[part].unsqueeze(1))[:, :, None, None]

@@ -34,6 +34,10 @@ class Batch:
     """T tokens of R rows. Row r holds flat tokens ``query_starts[r] .. query_starts[r+1]-1``.
 
     The first ``decode_rows`` rows have exactly one token each. All tensors are on the model's device.
+
+    In a captured step the numbers on the host are bounds, ``decode_rows`` is None unless every row decodes, and what
+    fills the step up is padding: tokens with cache slot -1, which write no KV, and rows with context length 0, which
+    attend to nothing and whose results are never read.
     """
 
     token_ids: torch.Tensor
@@ -47,8 +51,10 @@ class Batch:
     context_lengths: torch.Tensor
     """(R,) int32: tokens in the cache after this step's write; the last query of row r attends to this many."""
     block_tables: torch.Tensor
-    """(R, widest) int32: block ids in sequence order; entries past a row's last block are 0 and never read."""
-    decode_rows: int
+    """(lines, widest) int32: block ids in sequence order; entries past a row's last block are 0 and never read."""
+    decode_rows: int | None
     longest_query: int
     """Most tokens of one row."""
     longest_context: int
+    table_rows: torch.Tensor | None = None
+    """(R,) int32: the line of ``block_tables`` that belongs to each row; None: row r has line r."""

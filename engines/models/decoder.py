@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engines import kernels
+from engines.kernels import Fusion, GroupedQueries, RmsNorm, grouped_query_attention
 from engines.models.batch import Batch, KvLayout, LayerCache
 from engines.models.config import DecoderConfig
 from engines.models.layers import Linear, ModelBuilder
@@ -17,42 +17,25 @@ class GroupedQueryAttention:
     def __init__(self, config: DecoderConfig, builder: ModelBuilder, name: str, cos_sin: torch.Tensor) -> None:
         width = config.head_dim
         kv_width = config.kv_heads * width
-        self.heads = builder.share(config.heads, "attention heads")
-        self.kv_heads = builder.share(config.kv_heads, "key/value heads")
-        self.head_dim = width
-        self.eps = config.eps
-        self.scale = width**-0.5
-        self.cos_sin = cos_sin
+        self.shape = GroupedQueries(
+            heads=builder.share(config.heads, "attention heads"),
+            kv_heads=builder.share(config.kv_heads, "key/value heads"),
+            head_dim=width,
+            scale=width**-0.5,
+            cos_sin=cos_sin,
+            query_norm=builder.norm(f"{name}.q_norm.weight", width, config.eps) if config.qk_norm else None,
+            key_norm=builder.norm(f"{name}.k_norm.weight", width, config.eps) if config.qk_norm else None,
+        )
         parts = {f"{name}.q_proj": config.heads * width, f"{name}.k_proj": kv_width, f"{name}.v_proj": kv_width}
         self.qkv: Linear = builder.linear(parts, config.hidden, "out", config.qkv_bias)
         self.output: Linear = builder.linear(
             {f"{name}.o_proj": config.hidden}, config.heads * width, "in", config.output_bias
         )
-        self.query_norm: torch.Tensor | None = None
-        self.key_norm: torch.Tensor | None = None
-        if config.qk_norm:
-            self.query_norm = builder.tensor(f"{name}.q_norm.weight", (width,))
-            self.key_norm = builder.tensor(f"{name}.k_norm.weight", (width,))
 
-    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        heads, kv_heads = self.heads, self.kv_heads
-        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.head_dim)
-        queries, keys, values = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            queries = kernels.rms_norm(queries, self.query_norm, self.eps)
-            keys = kernels.rms_norm(keys, self.key_norm, self.eps)
-        kernels.rope_write_kv(
-            queries,
-            keys,
-            values,
-            batch.positions,
-            self.cos_sin,
-            interleaved=False,
-            cache=cache,
-            cache_slots=batch.cache_slots,
-        )
-        attended = kernels.paged_attention(queries, cache, batch, self.scale)
-        return self.output(attended.view(-1, heads * self.head_dim))
+    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch, cache: LayerCache) -> torch.Tensor:
+        qkv = self.qkv(hidden, Fusion(norm=norm))
+        attended = grouped_query_attention(qkv, self.shape, cache, batch)
+        return self.output(attended, Fusion(residual=hidden))
 
 
 def build_layers(config: DecoderConfig, builder: ModelBuilder, cos_sin: torch.Tensor) -> tuple[Layer, ...]:
@@ -62,9 +45,9 @@ def build_layers(config: DecoderConfig, builder: ModelBuilder, cos_sin: torch.Te
         name = f"model.layers.{index}"
         layers.append(
             Layer(
-                builder.tensor(f"{name}.input_layernorm.weight", (config.hidden,)),
+                builder.norm(f"{name}.input_layernorm.weight", config.hidden, config.eps),
                 GroupedQueryAttention(config, builder, f"{name}.self_attn", cos_sin),
-                builder.tensor(f"{name}.post_attention_layernorm.weight", (config.hidden,)),
+                builder.norm(f"{name}.post_attention_layernorm.weight", config.hidden, config.eps),
                 builder.mlp(f"{name}.mlp", config.hidden, config.intermediate, config.mlp_bias),
             )
         )

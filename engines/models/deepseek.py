@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engines import kernels
+from engines.kernels import Fusion, RmsNorm
 from engines.models.batch import Batch, KvLayout, LayerCache
 from engines.models.config import DeepseekConfig
 from engines.models.experts import Experts
@@ -54,7 +55,8 @@ class LatentAttention:
             self.query = builder.linear({f"{name}.q_proj": query_width}, config.hidden, "out")
         self.latents: Linear = builder.linear(latents, config.hidden, "none", config.attention_bias)
 
-    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch, cache: LayerCache) -> torch.Tensor:
+        x = norm(hidden)
         tokens, rank = x.shape[0], self.rank
         latents = self.latents(x)
         latent = latents[:, self.query_rank :]
@@ -72,7 +74,7 @@ class LatentAttention:
         attended = kernels.mla_attention(absorbed, cache, batch, self.scale, rank)
         values = x.new_empty(tokens, self.heads, self.value)
         self.absorb_value(attended, values)
-        return self.output(values.view(tokens, self.heads * self.value))
+        return self.output(values.view(tokens, self.heads * self.value), Fusion(residual=hidden))
 
 
 def build_layers(config: DeepseekConfig, builder: ModelBuilder, cos_sin: torch.Tensor) -> tuple[Layer, ...]:
@@ -83,9 +85,9 @@ def build_layers(config: DeepseekConfig, builder: ModelBuilder, cos_sin: torch.T
         dense = index < config.moe.dense_layers
         layers.append(
             Layer(
-                builder.tensor(f"{name}.input_layernorm.weight", (config.hidden,)),
+                builder.norm(f"{name}.input_layernorm.weight", config.hidden, config.eps),
                 LatentAttention(config, builder, f"{name}.self_attn", cos_sin),
-                builder.tensor(f"{name}.post_attention_layernorm.weight", (config.hidden,)),
+                builder.norm(f"{name}.post_attention_layernorm.weight", config.hidden, config.eps),
                 builder.mlp(f"{name}.mlp", config.hidden, config.intermediate)
                 if dense
                 else Experts(config.moe, config.hidden, builder, f"{name}.mlp"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engines import kernels
+from engines.kernels import RmsNorm
 from engines.models.config import MoeConfig
 from engines.models.layers import ModelBuilder
 
@@ -28,8 +29,9 @@ class Experts:
         self.shared = builder.mlp(f"{name}.shared_experts", hidden, config.shared_intermediate)
         self.numbers = torch.arange(config.experts, device=router.device)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, hidden) -> (T, hidden)."""
+    def __call__(self, hidden: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+        """The residual stream, (T, hidden), in and out."""
+        x = norm(hidden)
         weights, experts = route(self.router(x.float()), self.config, self.correction)
         chosen, order = experts.flatten().sort(stable=True)
         ends = torch.searchsorted(chosen, self.numbers, right=True).int()
@@ -38,7 +40,7 @@ class Experts:
         back = torch.empty_like(order)
         back[order] = torch.arange(order.shape[0], device=order.device)
         weighted = routed[back].view(-1, per_token, x.shape[1]) * weights.unsqueeze(-1)
-        total = self.shared(x).float()
+        total = self.shared(hidden, norm).float()
         # One by one: the order of a reduction could depend on how many tokens there are.
         for rank in range(per_token):
             total = total + weighted[:, rank]

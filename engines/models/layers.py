@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from engines import kernels
-from engines.kernels import PackedLinear
+from engines.kernels import PLAIN, Fusion, PackedLinear, RmsNorm
 from engines.protocol import EngineLoadError
 from engines.quant.base import LinearLayout, LinearPart, QuantMethod, Split, WeightSource
 from engines.quant.dense import DenseMethod, DenseWeights
@@ -22,9 +22,9 @@ class Linear:
         self._apply = method.apply
         self._weights = weights
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, in) -> (T, out)."""
-        return self._apply(self._weights, x)
+    def __call__(self, x: torch.Tensor, fusion: Fusion = PLAIN) -> torch.Tensor:
+        """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
+        return self._apply(self._weights, x, fusion)
 
 
 class GroupedLinear:
@@ -63,15 +63,16 @@ class HeadwiseLinear:
 
 
 class Mlp:
-    """``down(silu(gate(x)) * up(x))``."""
+    """``hidden + down(silu(gate(x)) * up(x))`` with x the norm of hidden."""
 
     def __init__(self, gate_up: Linear, down: Linear) -> None:
         self.gate_up = gate_up
         self.down = down
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, hidden) -> (T, hidden)."""
-        return self.down(kernels.silu_mul(self.gate_up(x)))
+    def __call__(self, hidden: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+        """(T, hidden) -> (T, hidden): the residual stream in and out."""
+        gated = self.gate_up(hidden, Fusion(norm=norm, gated=True))
+        return self.down(gated, Fusion(residual=hidden))
 
 
 class ModelBuilder:
@@ -93,6 +94,10 @@ class ModelBuilder:
     ) -> torch.Tensor:
         """A weight outside any linear layer."""
         return self.source.take(name, shape, split, dtype)
+
+    def norm(self, name: str, width: int, eps: float) -> RmsNorm:
+        """An RMS norm over ``width`` features."""
+        return RmsNorm(self.tensor(name, (width,)), eps)
 
     def linear(self, parts: dict[str, int], in_features: int, split: Split, bias: bool = False) -> Linear:
         """``parts``: output features by name, stacked in this order."""

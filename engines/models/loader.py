@@ -78,9 +78,8 @@ def build_model(config: ModelConfig, source: CountingSource | RandomSource | Fil
     return Model(
         embedding=embedding,
         layers=layers,
-        final_norm=builder.tensor("model.norm.weight", (config.hidden,)),
+        final_norm=builder.norm("model.norm.weight", config.hidden, config.eps),
         head=head,
-        eps=config.eps,
         kv_layout=layout,
         vocab_size=config.vocab,
         max_context=positions,

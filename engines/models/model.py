@@ -8,26 +8,26 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from engines import kernels
+from engines.kernels import Fusion, RmsNorm
 from engines.models.batch import Batch, KvLayout, LayerCache
 from engines.models.layers import Linear
 
 
 class Attention(Protocol):
-    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        """(T, hidden) -> (T, hidden); writes this step's KV first."""
+    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch, cache: LayerCache) -> torch.Tensor:
+        """The residual stream, (T, hidden), and its norm before attention -> the stream after; writes the step's KV."""
 
 
 class FeedForward(Protocol):
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, hidden) -> (T, hidden)."""
+    def __call__(self, hidden: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+        """The residual stream, (T, hidden), and its norm before the layer -> the stream after."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    attention_norm: torch.Tensor
+    attention_norm: RmsNorm
     attention: Attention
-    feed_forward_norm: torch.Tensor
+    feed_forward_norm: RmsNorm
     feed_forward: FeedForward
 
 
@@ -38,9 +38,8 @@ class Model:
     embedding: torch.Tensor
     """(vocab, hidden)."""
     layers: tuple[Layer, ...]
-    final_norm: torch.Tensor
+    final_norm: RmsNorm
     head: Linear
-    eps: float
     kv_layout: KvLayout
     vocab_size: int
     max_context: int
@@ -50,18 +49,14 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
-        """Write the tokens' KV into ``caches`` (one a layer) and return their last hidden states, (T, hidden)."""
-        residual = functional.embedding(batch.token_ids, self.embedding)
-        x = kernels.rms_norm(residual, self.layers[0].attention_norm, self.eps)
-        next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
-        for layer, cache, next_norm in zip(self.layers, caches, next_norms, strict=True):
-            x = layer.attention(x, batch, cache)
-            x, residual = kernels.add_rms_norm(x, residual, layer.feed_forward_norm, self.eps)
-            x = layer.feed_forward(x)
-            x, residual = kernels.add_rms_norm(x, residual, next_norm, self.eps)
-        return x
+        """Write the tokens' KV into ``caches`` (one a layer) and return their residual stream, (T, hidden)."""
+        hidden = functional.embedding(batch.token_ids, self.embedding)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden = layer.attention(hidden, layer.attention_norm, batch, cache)
+            hidden = layer.feed_forward(hidden, layer.feed_forward_norm)
+        return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(S, hidden) rows of ``forward``'s result -> (S, vocab) float32."""
-        return self.head(hidden).float()
+        return self.head(hidden, Fusion(norm=self.final_norm)).float()

@@ -10,6 +10,8 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 
+from engines.kernels import Fusion
+
 Split = Literal["none", "out", "in"]
 """The axis over which tensor-parallel ranks share a weight: its rows (out), its columns (in), or none: each has all.
 Experts are shared out whole, so an expert's own weights are not split."""
@@ -72,8 +74,8 @@ class QuantMethod(Protocol[Raw, Ready, Grouped]):
     def finish(self, weights: Raw) -> Ready:
         """Bring them into the layout that ``apply`` reads; the raw ones may then go."""
 
-    def apply(self, weights: Ready, x: torch.Tensor) -> torch.Tensor:
-        """(T, in) -> (T, out) in x's dtype."""
+    def apply(self, weights: Ready, x: torch.Tensor, fusion: Fusion) -> torch.Tensor:
+        """(T, in) -> (T, out) in x's dtype, with what ``fusion`` does before and after the product."""
 
     def finish_group(self, weights: list[Raw]) -> Grouped:
         """As ``finish``, for layers of one shape without bias of which each input row takes one: experts."""

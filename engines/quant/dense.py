@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from engines import kernels
-from engines.kernels import PackedLinear
+from engines.kernels import Fusion, PackedLinear
 from engines.quant.base import LinearLayout, Split, WeightSource
 
 
@@ -60,8 +60,8 @@ class DenseMethod:
     def finish(self, weights: DenseWeights) -> PackedWeights:
         return PackedWeights(kernels.pack_linear(weights.weight), weights.bias)
 
-    def apply(self, weights: PackedWeights, x: torch.Tensor) -> torch.Tensor:
-        return kernels.linear(x, weights.packed, weights.bias)
+    def apply(self, weights: PackedWeights, x: torch.Tensor, fusion: Fusion) -> torch.Tensor:
+        return kernels.linear(x, weights.packed, weights.bias, fusion)
 
     def finish_group(self, weights: list[DenseWeights]) -> GroupedWeights:
         if weights[0].weight.device.type == "cpu":

@@ -40,7 +40,6 @@ class TritonKernels:
         self.attention = attention.attention
         self.fits_attention = attention.fits
         self.rms_norm = elementwise.rms_norm
-        self.add_rms_norm = elementwise.add_rms_norm
         self.silu_mul = elementwise.silu_mul
         self.rope_ = elementwise.rope_
         self.rope_write_kv = elementwise.rope_write_kv

@@ -195,7 +195,7 @@ def attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: AttentionBatch, scale: float
 ) -> torch.Tensor:
     """As ``reference.attention``: (T, Hq, D) -> (T, Hq, Dv). Scratch is bounded by rows, heads and ``MAX_SPLITS``."""
-    heads, rows, decodes = queries.shape[1], batch.context_lengths.shape[0], batch.decode_rows
+    heads, rows, decodes = queries.shape[1], batch.context_lengths.shape[0], batch.decode_rows or 0
     output = queries.new_empty(queries.shape[0], heads, values.shape[-1])
     if decodes:
         splits = min(MAX_SPLITS, -(-batch.longest_context // SPLIT_TOKENS))

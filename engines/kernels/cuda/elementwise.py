@@ -14,27 +14,20 @@ SILU_BLOCK = 1024
 @triton.jit
 def _norm_kernel(
     x,
-    residual,
     weight,
     normed,
-    total,
     inner,
     outer_stride,
     inner_stride,
     width,
     eps,
-    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (rows,): row r is x[r // inner, r % inner]; the other tensors are contiguous."""
+    """Grid (rows,): row r is x[r // inner, r % inner]; the result is contiguous."""
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     mask = dims < width
     values = tl.load(x + (row // inner) * outer_stride + (row % inner) * inner_stride + dims, mask=mask, other=0.0)
-    if ADD:
-        added = values.to(tl.float32) + tl.load(residual + row * width + dims, mask=mask, other=0.0).to(tl.float32)
-        values = added.to(values.dtype)
-        tl.store(total + row * width + dims, values, mask=mask)
     wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     gain = tl.load(weight + dims, mask=mask, other=0.0).to(tl.float32)
@@ -161,39 +154,18 @@ _write = Launcher(_write_kernel)
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x is (T, width) or (T, heads, width) with a contiguous last dimension."""
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_norm(x, normed, weight, normed, normed, eps, add=False)
-    return normed
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x is (T, width), residual too and contiguous."""
-    normed, total = torch.empty_like(residual), torch.empty_like(residual)
-    _launch_norm(x, residual, weight, normed, total, eps, add=True)
-    return normed, total
-
-
-def _launch_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    normed: torch.Tensor,
-    total: torch.Tensor,
-    eps: float,
-    add: bool,
-) -> None:
     width = x.shape[-1]
     inner, inner_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
     block = triton.next_power_of_2(width)
     _norm(
         (x.shape[0] * inner, 1, 1),
-        (x, residual, weight, normed, total),
+        (x, weight, normed),
         fixed=(inner, x.stride(0), inner_stride, width),
         free=(eps,),
-        constants=(add, block),
+        constants=(block,),
         warps=min(max(block // 512, 1), 16),
     )
+    return normed
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from engines.kernels.native.library import TYPE_CODES, VARIANTS, AttentionCall, NativeUnavailable, load_library
-from engines.kernels.reference import AttentionBatch
+from engines.kernels.reference import AttentionBatch, row_tables
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Native:
         rows, value_dim, threads = batch.context_lengths.shape[0], values.shape[3], torch.get_num_threads()
         out = queries.new_empty(tokens, query_heads, value_dim)
         workspace = self._reserve(self._attention_workspace(self._table, rows, head_dim, value_dim, threads))
-        block_tables = batch.block_tables
+        block_tables = row_tables(batch)
         _, key_token_stride, key_head_stride, _ = keys.stride()
         _, value_token_stride, value_head_stride, _ = values.stride()
         query_token_stride, query_head_stride, _ = queries.stride()
@@ -140,9 +140,7 @@ class Native:
             x.data_ptr(),
             x.stride(0),
             inner_stride,
-            None,
             weight.data_ptr(),
-            None,
             out.data_ptr(),
             x.shape[0],
             inner,
@@ -152,30 +150,6 @@ class Native:
             torch.get_num_threads(),
         )
         return out
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and a contiguous residual are (T, width)."""
-        rows, width = x.shape
-        out, total = torch.empty_like(residual), torch.empty_like(residual)
-        self._norm(
-            self._table,
-            x.data_ptr(),
-            x.stride(0),
-            0,
-            residual.data_ptr(),
-            weight.data_ptr(),
-            total.data_ptr(),
-            out.data_ptr(),
-            rows,
-            1,
-            width,
-            eps,
-            TYPE_CODES[x.dtype],
-            torch.get_num_threads(),
-        )
-        return out, total
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """(T, 2I) -> (T, I)."""

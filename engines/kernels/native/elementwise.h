@@ -20,15 +20,6 @@ INLINE void norm_row(int type, const NormCall *call, int64_t row) {
     const int64_t width = call->width, whole = width - width % VECTOR_LANES, rest = width - whole, to = row * width;
     const void *x = call->x;
     int64_t from = row / call->inner * call->outer_stride + row % call->inner * call->inner_stride;
-    if (call->total) {
-        for (int64_t i = 0; i < whole; i += VECTOR_LANES)
-            store_as(type, call->total, to + i, load_as(type, x, from + i) + load_as(type, call->residual, to + i));
-        if (rest)
-            store_part(type, call->total, to + whole,
-                       load_part(type, x, from + whole, rest) + load_part(type, call->residual, to + whole, rest), rest);
-        x = call->total;
-        from = to;
-    }
     vec squares = {0};
     for (int64_t i = 0; i < whole; i += VECTOR_LANES) {
         vec part = load_as(type, x, from + i);

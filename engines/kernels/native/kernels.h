@@ -36,10 +36,8 @@ typedef struct {
 typedef struct {
     const void *x; /* (outer, inner, width), strides in elements */
     int64_t outer_stride, inner_stride;
-    const void *residual; /* (outer * inner, width) contiguous, or NULL */
-    const void *weight;   /* (width) */
-    void *total;          /* x + residual, or NULL */
-    void *out;            /* (outer * inner, width) contiguous */
+    const void *weight; /* (width) */
+    void *out;          /* (outer * inner, width) contiguous */
     int64_t outer, inner, width;
     float eps;
     int type, threads;

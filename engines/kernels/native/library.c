@@ -81,11 +81,10 @@ EXPORT void slim_attention(const KernelTable *kernels, const AttentionCall *call
     kernels->attention(call);
 }
 
-EXPORT void slim_norm(const KernelTable *kernels, const void *x, int64_t outer_stride, int64_t inner_stride, const void *residual,
-                      const void *weight, void *total, void *out, int64_t outer, int64_t inner, int64_t width,
-                      float eps, int type, int threads) {
-    NormCall call = {x, outer_stride, inner_stride, residual, weight, total, out, outer, inner, width, eps, type,
-                     threads};
+EXPORT void slim_norm(const KernelTable *kernels, const void *x, int64_t outer_stride, int64_t inner_stride,
+                      const void *weight, void *out, int64_t outer, int64_t inner, int64_t width, float eps, int type,
+                      int threads) {
+    NormCall call = {x, outer_stride, inner_stride, weight, out, outer, inner, width, eps, type, threads};
     kernels->norm(&call);
 }
 

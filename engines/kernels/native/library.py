@@ -55,7 +55,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "slim_linear": [c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3, c_int],
     "slim_attention_workspace": [c_int64, c_int64, c_int64, c_int],
     "slim_attention": [c_void_p],
-    "slim_norm": [c_void_p, c_int64, c_int64, *[c_void_p] * 4, *[c_int64] * 3, c_float, *_TYPE_AND_THREADS],
+    "slim_norm": [c_void_p, c_int64, c_int64, *[c_void_p] * 2, *[c_int64] * 3, c_float, *_TYPE_AND_THREADS],
     "slim_silu_mul": [c_void_p, c_int64, c_void_p, c_int64, c_int64, *_TYPE_AND_THREADS],
     "slim_rope": [*[c_void_p, *[c_int64] * 3] * 2, c_void_p, c_void_p, c_int64, c_int64, c_int, *_TYPE_AND_THREADS],
     "slim_write_cache": [c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 3, c_int, c_int],

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from engines import kernels
-from engines.kernels import reference
+from engines.kernels import backends, reference
 from tests.unit.kernels.paged import PagedCache, Row
 
 FIND_RUNTIMES = """
@@ -26,7 +26,7 @@ print(sum(name.rsplit("/", 1)[1].startswith(("libgomp", "libomp", "libiomp")) fo
 
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_native", None)
+    monkeypatch.setattr(backends, "native", None)
 
 
 def test_the_library_shares_torchs_openmp_runtime() -> None:
@@ -50,6 +50,16 @@ def test_linear_in_every_type(dtype: torch.dtype) -> None:
             result = kernels.linear(x, packed, used)
             assert result.dtype == dtype
             torch.testing.assert_close(result.float(), expected, rtol=tolerance, atol=5 * tolerance)
+
+
+def test_linear_does_what_stands_before_and_after_it() -> None:
+    hidden, weight, down, gain = torch.randn(5, 64), torch.randn(96, 64), torch.randn(64, 48), torch.randn(64)
+    norm = kernels.RmsNorm(gain, 1e-5)
+    gated = kernels.linear(hidden, kernels.pack_linear(weight), None, kernels.Fusion(norm=norm, gated=True))
+    result = kernels.linear(gated, kernels.pack_linear(down), None, kernels.Fusion(residual=hidden))
+    gate, up = functional.linear(functional.rms_norm(hidden, (64,), gain, 1e-5), weight).chunk(2, dim=-1)
+    expected = hidden + functional.linear(functional.silu(gate) * up, down)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.usefixtures("without_library")
@@ -93,7 +103,6 @@ def run_everything() -> list[torch.Tensor]:
         kernels.paged_attention(queries, cache.tensors, batch, 0.25),
         kernels.mla_attention(rand(6, 4, 24), latent_cache.tensors, cache_batch(latent_cache), 0.25, 16),
         kernels.rms_norm(rand(6, 48), rand(48), 1e-5),
-        *kernels.add_rms_norm(rand(6, 48), rand(6, 48), rand(48), 1e-5),
         kernels.silu_mul(rand(6, 48)),
         kernels.gumbel_noise(integers, integers, integers, 33),
         *(tensor.nan_to_num(-1.0) for tensor in (*cache.tensors, *latent_cache.tensors)),
@@ -108,7 +117,7 @@ def test_both_ways_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     if kernels.native_status().variant is None:
         pytest.skip(kernels.native_status().reason)
     with_library = run_everything()
-    monkeypatch.setattr(kernels, "_native", None)
+    monkeypatch.setattr(backends, "native", None)
     for result, expected in zip(with_library, run_everything(), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 

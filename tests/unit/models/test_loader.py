@@ -130,7 +130,7 @@ def test_two_ranks_hold_the_whole(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [{**LLAMA, "attention_bias": True, "mlp_bias": True}, DEEPSEEK_V3])
 def test_ranks_add_up(config: dict[str, Any], tmp_path: Path) -> None:
-    """The attention and MLP outputs of two ranks sum to those of one that has everything."""
+    """What two ranks add to the residual stream sums to what one adds that has everything."""
     write_checkpoint(tmp_path, config)
     manifest = read_manifest(tmp_path)
     models = [load(manifest), load(manifest, rank=0, world=2), load(manifest, rank=1, world=2)]
@@ -139,8 +139,9 @@ def test_ranks_add_up(config: dict[str, Any], tmp_path: Path) -> None:
     for model in models:
         rows = PagedRows(model, 1, 8)
         batch = rows.batch({0: PROMPT})
-        attended.append(model.layers[0].attention(x, batch, rows.caches[0]))
-        mixed.append(model.layers[0].feed_forward(x))
+        layer = model.layers[0]
+        attended.append(layer.attention(x, layer.attention_norm, batch, rows.caches[0]) - x)
+        mixed.append(layer.feed_forward(x, layer.feed_forward_norm) - x)
     for whole, first, second in (attended, mixed):
         torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engines.kernels import PLAIN
 from engines.models.weights import Placement, RandomSource
 from engines.quant.base import LinearLayout, LinearPart
 from engines.quant.dense import DenseMethod, GroupedWeights
@@ -20,7 +21,7 @@ def x() -> torch.Tensor:
 def test_stacked_parts_come_out_side_by_side() -> None:
     parts = (LinearPart("q", 16), LinearPart("k", 8), LinearPart("v", 5))
     layout = LinearLayout(parts, WIDTH, "out", bias=True)
-    result = METHOD.apply(METHOD.finish(METHOD.create_weights(layout, SOURCE)), x())
+    result = METHOD.apply(METHOD.finish(METHOD.create_weights(layout, SOURCE)), x(), PLAIN)
     expected = [
         x() @ SOURCE.take(f"{part.name}.weight", (part.out_features, WIDTH), "none").T
         + SOURCE.take(f"{part.name}.bias", (part.out_features,), "none")

@@ -1,0 +1,111 @@
+"""Linear layers with what stands directly before and after them: norm, bias, gating, residual.
+
+``linear`` is one signature over every implementation: small batches on a GPU run one kernel that reads each weight
+once, everything else is composed of a plain product and the elementwise kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from engines.kernels import backends, elementwise
+
+INVARIANT_ROWS = 8
+"""Without the library, float32 products on the CPU run on a multiple of so many rows: below it BLAS picks another
+kernel, and a row's last bits, by the number of rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A weight in the layout that ``linear`` reads."""
+
+    weight: torch.Tensor
+    layout: Literal["plain", "turned", "panels", "onednn"]
+    """(out, in) as it is, its transposed view, the native library's panels, or oneDNN's own blocks."""
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        return elementwise.rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What is done to a linear layer's input and output in the same operation, in this order."""
+
+    norm: RmsNorm | None = None
+    """Of the input."""
+    gated: bool = False
+    """The output, (gate, up) side by side, becomes ``silu(gate) * up``: half as wide."""
+    residual: torch.Tensor | None = None
+    """Added to the output, whose shape it has."""
+
+
+PLAIN = Fusion()
+
+
+def pack_linear(weight: torch.Tensor) -> PackedLinear:
+    """(out, in) weight -> what ``linear`` takes; the caller may drop the plain weight."""
+    out_features, in_features = weight.shape
+    if backends.native is not None and weight.is_cpu and weight.dtype is torch.float32:
+        return PackedLinear(backends.native.pack_panels(weight.contiguous()), "panels", out_features, in_features)
+    if weight.is_cpu and weight.dtype is torch.bfloat16 and _has_onednn_bfloat16():
+        blocks = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        return PackedLinear(blocks, "onednn", out_features, in_features)
+    if weight.is_cuda:
+        return PackedLinear(weight.t(), "turned", out_features, in_features)
+    return PackedLinear(weight, "plain", out_features, in_features)
+
+
+def _has_onednn_bfloat16() -> bool:
+    """Whether torch can lay out weights for oneDNN once; by itself it does so again in every product."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def linear(
+    x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None, fusion: Fusion = PLAIN
+) -> torch.Tensor:
+    """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
+    if fusion.norm is not None:
+        x = fusion.norm(x)
+    if packed.layout == "turned" and bias is None and fusion.residual is not None and not fusion.gated:
+        return torch.addmm(fusion.residual, x, packed.weight)
+    return compose_output(product(x, packed, bias), fusion)
+
+
+def compose_output(output: torch.Tensor, fusion: Fusion) -> torch.Tensor:
+    """What ``fusion`` does to the output of a product, one operation after the other."""
+    if fusion.gated:
+        output = elementwise.silu_mul(output)
+    return output if fusion.residual is None else fusion.residual + output
+
+
+def product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(T, in) -> (T, out)."""
+    if packed.layout == "turned":
+        # Less work for the host than ``functional.linear``, which turns the weight in every call.
+        return x.mm(packed.weight) if bias is None else torch.addmm(bias, x, packed.weight)
+    if packed.layout == "panels" and backends.native is not None:
+        return backends.native.linear(
+            x if x.stride(1) == 1 else x.contiguous(), packed.weight, packed.out_features, bias
+        )
+    if packed.layout == "onednn":
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], "")
+        return result
+    missing = -x.shape[0] % INVARIANT_ROWS
+    if missing and x.is_cpu and x.dtype is torch.float32:
+        padded = functional.linear(functional.pad(x, (0, 0, 0, missing)), packed.weight, bias)
+        return padded[: x.shape[0]]
+    return functional.linear(x, packed.weight, bias)
