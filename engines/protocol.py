@@ -16,6 +16,22 @@ End = Literal["", "stop", "length", "cancelled", "error"]
 """How an item ended; the empty string means that it goes on."""
 
 
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What a load finds out by trying. The next load of the same spec on the same device may start from it."""
+
+    max_rows: int
+    step_tokens: int
+    """Tokens of the largest step."""
+    workspace: int
+    """Bytes that rows and the largest step need beside weights and KV."""
+    threads: int = 0
+    """CPU threads that were fastest; 0 where they were not chosen by measurement. The rest is about them."""
+    cores: int = 0
+    step_seconds: float = 0.0
+    """Of a step, roughly, before its tokens count."""
+    token_seconds: float = 0.0
+
+
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker needs to build one engine. Sizes in bytes, lengths in tokens."""
 
@@ -35,6 +51,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """CPU threads inside one operation; None chooses by measurement."""
     random_weights: int | None = None
     """Seed that fills the config's shapes with random weights instead of reading any file."""
+    measured: Measured | None = None
+    """From an earlier load of this very spec on this device, which then need not be repeated."""
     fake_step_seconds: float = 0.0
     """Only for the kind ``fake``: how long each of its steps takes."""
 
@@ -52,7 +70,9 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     """Longest sequence, prompt and output together."""
     graph_rows: tuple[int, ...] = ()
-    """Row counts for which a captured graph exists, ascending."""
+    """Row counts for which a captured graph of decodes exists, ascending."""
+    graph_tokens: tuple[int, ...] = ()
+    """Flat token counts for which a captured graph of any other step exists, ascending."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +89,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     load_seconds: float
     vocab_size: int
+    measured: Measured | None = None
+    """What ``EngineSpec.measured`` may say at the next load."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -145,7 +167,9 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Rows with ``count == 1 and max_new == 1`` (decodes) come first."""
     one_shot: tuple[OneShotRow, ...] = ()
     graph_rows: int = 0
-    """Captured graph to run, from ``Capacity.graph_rows``; 0 runs without one."""
+    """Captured graph to run where all rows decode, from ``Capacity.graph_rows``; 0 runs without one."""
+    graph_tokens: int = 0
+    """The same for any other step, from ``Capacity.graph_tokens``."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -175,6 +199,20 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[RowResult]
     seconds: float
     """Time that the device worked on this step."""
+    irregular: bool = False
+    """Something else than the step's work took part of the time: compilation, a graph capture, a swap."""
+
+
+class StepSample(msgspec.Struct, frozen=True, kw_only=True):
+    """How long the device works on a step of some size, measured at load. A decode is a row that computes one token."""
+
+    rows: int
+    tokens: int
+    decode_pairs: float = 0.0
+    """Query-key pairs of the decodes."""
+    prompt_pairs: float = 0.0
+    """Query-key pairs of longer rows."""
+    seconds: float
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,7 +239,7 @@ class Engine(Protocol):
 
     @property
     def capacity(self) -> Capacity:
-        """Safe to call at any time; only ``graph_rows`` may differ between calls."""
+        """Safe to call at any time; only ``graph_rows`` and ``graph_tokens`` may differ between calls."""
 
     def launch(self, plan: StepPlan) -> int:
         """Enqueue the step and return its ticket (``plan.step``) within 1 ms. Safe with fewer than two in flight."""

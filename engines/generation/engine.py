@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
+import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import msgspec
 import torch
 
+from engines.generation.launched import LaunchedStep
 from engines.generation.loading import Loaded, load
-from engines.generation.runner import LaunchedStep
 from engines.protocol import Capacity, EngineInfo, EngineSpec, ReportProgress, StepPlan, StepResult
 
 MAX_IN_FLIGHT = 2
+
+_log = logging.getLogger(__name__)
 
 
 class GenerationEngine:
@@ -32,6 +37,9 @@ class GenerationEngine:
         self._thread = thread
         self._in_flight: deque[tuple[int, Future[LaunchedStep]]] = deque()
         self._failure: BaseException | None = None
+        self._capture_ended = threading.Event()
+        self._closing = False
+        self._thread.submit(self._capture)
 
     @classmethod
     def load(
@@ -56,6 +64,10 @@ class GenerationEngine:
     def capacity(self) -> Capacity:
         return self._capacity
 
+    def wait_captured(self, timeout: float) -> bool:
+        """Wait until no more CUDA graphs are being captured; False when that takes longer than ``timeout`` seconds."""
+        return self._capture_ended.wait(timeout)
+
     def launch(self, plan: StepPlan) -> int:
         """Queue the step for the engine's thread. Raises RuntimeError when two are in flight or after ``close``."""
         if len(self._in_flight) == MAX_IN_FLIGHT:
@@ -71,12 +83,36 @@ class GenerationEngine:
 
     def close(self) -> None:
         """Give back all memory; a second call does nothing."""
+        self._closing = True
         self._thread.shutdown()
         on_gpu = self._loaded is not None and self._info.device != "cpu"
         self._loaded = None
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
+
+    def _capture(self) -> None:
+        """In the engine's thread: capture one graph, and queue up for the next behind the steps that came meanwhile."""
+        captured = None if self._loaded is None else self._loaded.runner.captured
+        if captured is None or self._closing or self._failure is not None:
+            self._capture_ended.set()
+            return
+        try:
+            more = captured.capture_next()
+            self._capacity = msgspec.structs.replace(
+                self._capacity, graph_rows=captured.rows, graph_tokens=captured.tokens
+            )
+            if more:
+                self._thread.submit(self._capture)
+                return
+        except RuntimeError:
+            # Every step can run without a graph.
+            if not self._closing:
+                _log.exception("no more CUDA graphs are captured")
+        except BaseException as failure:
+            self._failure = failure
+            raise
+        self._capture_ended.set()
 
     def _run(self, plan: StepPlan) -> LaunchedStep:
         if self._failure is not None:

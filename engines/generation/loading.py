@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 
 from engines.generation import kv_cache
+from engines.generation.choose_runner import Runner, make_runner, state_bytes, uses_triton
 from engines.generation.memory import KvSize, kv_bytes, measure_workspace, size_kv
 from engines.generation.placement import Placement, choose_placement, dtype_name
 from engines.generation.probe import Probe
-from engines.generation.runner import StepRunner
-from engines.generation.threads import ThreadGovernor, available_cores, best_time, choose_threads
+from engines.generation.threads import StepCost, ThreadGovernor, available_cores, best_time, choose_threads
 from engines.manifest import Manifest, read_manifest
 from engines.models.loader import load_model
 from engines.models.model import Model
-from engines.protocol import Capacity, EngineInfo, EngineLoadError, EngineSpec, LoadProgress, ReportProgress
+from engines.protocol import Capacity, EngineInfo, EngineLoadError, EngineSpec, LoadProgress, Measured, ReportProgress
 
 CPU_ROWS, GPU_ROWS = 64, 256
 GPU_STEP_TOKENS = 8192
@@ -27,6 +27,8 @@ CPU_STEP_TOKENS = (512, 256, 128)
 """Step sizes to choose from on the CPU, the largest whose step stays under ``CPU_STEP_SECONDS``."""
 CPU_STEP_SECONDS = 0.5
 """A prompt's chunk holds up every running stream for one step, and a cancel too."""
+GRAPH_SHARE, MOST_GRAPH_BYTES = 0.04, 2 << 30
+"""Of a GPU's memory, for CUDA graphs."""
 PROBE_TOKENS = 64
 """Prompt tokens of the step that stands for prefill when threads and step size are chosen."""
 PROBE_CONTEXT = 16384
@@ -37,18 +39,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    runner: StepRunner
+    runner: Runner
     info: EngineInfo
     capacity: Capacity
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    max_rows: int
-    step_tokens: int
-    workspace: int
-    """Bytes that rows and the largest step need beside weights and KV."""
-    governor: ThreadGovernor | None
 
 
 def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -> Loaded:
@@ -66,7 +59,7 @@ def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -
     try:
         model = load_model(manifest, spec, placement.device, placement.dtype, report)
         report(LoadProgress(phase="measure"))
-        measured = _measure(spec, model, placement, model_len, clock)
+        measured = spec.measured or _measure(spec, model, placement, model_len, clock)
         size = _size_kv(spec, model, placement, model_len, measured)
         report(LoadProgress(phase="allocate"))
         caches = kv_cache.allocate(
@@ -79,17 +72,24 @@ def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -
             max_step_tokens=measured.step_tokens,
             max_model_len=size.max_model_len,
         )
-        runner = StepRunner(model, caches, capacity, placement.device, clock, measured.governor)
+        governor, graphs = _governor(measured, clock), _graph_memory(placement.device, spec.memory_limit)
+        runner = make_runner(model, caches, capacity, placement.device, clock, governor, graphs)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineLoadError(
             f"{spec.name}: the model does not fit in memory; use a 16-bit --dtype or a smaller model"
         ) from error
-    info = _info(spec, manifest, placement, model, size, clock() - started)
+    info = _info(spec, manifest, placement, model, size, measured, clock() - started)
     return Loaded(runner, info, capacity)
 
 
 def _info(
-    spec: EngineSpec, manifest: Manifest, placement: Placement, model: Model, size: KvSize, seconds: float
+    spec: EngineSpec,
+    manifest: Manifest,
+    placement: Placement,
+    model: Model,
+    size: KvSize,
+    measured: Measured,
+    seconds: float,
 ) -> EngineInfo:
     return EngineInfo(
         name=spec.name,
@@ -102,6 +102,7 @@ def _info(
         threads=torch.get_num_threads(),
         load_seconds=seconds,
         vocab_size=model.vocab_size,
+        measured=measured,
     )
 
 
@@ -118,7 +119,7 @@ def _model_len(spec: EngineSpec, manifest: Manifest) -> int:
 
 def _measure(
     spec: EngineSpec, model: Model, placement: Placement, model_len: int, clock: Callable[[], float]
-) -> _Measured:
+) -> Measured:
     """Chooses threads and the size of the largest step, and runs that step to see what memory it needs."""
     on_cpu = placement.device.type == "cpu"
     max_rows = spec.max_batch or (CPU_ROWS if on_cpu else GPU_ROWS)
@@ -127,10 +128,11 @@ def _measure(
     # On the CPU a step's memory does not depend on the contexts, and long ones would take seconds here.
     context = longest if on_cpu else min(model_len, max(longest, PROBE_CONTEXT))
     probe = Probe(model, max_rows, longest, context, placement.kv_dtype, placement.device, clock)
-    governor = None
+    cores = threads = 0
+    cost = StepCost(0.0, 0.0)
     if on_cpu and spec.threads is None:
-        threads, cost = choose_threads(cores := available_cores(), probe.prompt, 1, min(PROBE_TOKENS, longest), clock)
-        governor = ThreadGovernor(cores, threads, cost, clock)
+        cores = available_cores()
+        threads, cost = choose_threads(cores, probe.prompt, 1, min(PROBE_TOKENS, longest), clock)
     if on_cpu and spec.max_step_tokens is None:
         tokens = min(PROBE_TOKENS, longest)
         step_tokens = choose_step_tokens(best_time(lambda: probe.prompt(tokens), clock) / tokens)
@@ -139,8 +141,35 @@ def _measure(
         step_tokens = max(step_tokens, max_rows)
     max_rows = min(max_rows, step_tokens)
     workspace = measure_workspace(placement.device, lambda: probe.largest_step(max_rows, step_tokens))
-    workspace += StepRunner.state_bytes(max_rows, model_len, model.vocab_size)
-    return _Measured(max_rows, step_tokens, workspace, governor)
+    workspace += state_bytes(model, max_rows, step_tokens, model_len, kv_cache.BLOCK_SIZE, placement.device)
+    workspace += _graph_memory(placement.device, spec.memory_limit)
+    return Measured(
+        max_rows=max_rows,
+        step_tokens=step_tokens,
+        workspace=workspace,
+        threads=threads,
+        cores=cores,
+        step_seconds=cost.fixed,
+        token_seconds=cost.per_token,
+    )
+
+
+def _governor(measured: Measured, clock: Callable[[], float]) -> ThreadGovernor | None:
+    """Goes on from the measured thread count, set in this thread; None where the count was given."""
+    if not measured.threads:
+        return None
+    torch.set_num_threads(measured.threads)
+    return ThreadGovernor(
+        measured.cores, measured.threads, StepCost(measured.step_seconds, measured.token_seconds), clock
+    )
+
+
+def _graph_memory(device: torch.device, memory_limit: int | None) -> int:
+    """Bytes that CUDA graphs may take on the device; 0 where nothing is captured."""
+    if not uses_triton(device):
+        return 0
+    total: int = memory_limit or torch.cuda.get_device_properties(device).total_memory
+    return min(MOST_GRAPH_BYTES, int(GRAPH_SHARE * total))
 
 
 def choose_step_tokens(token_seconds: float) -> int:
@@ -149,7 +178,7 @@ def choose_step_tokens(token_seconds: float) -> int:
     return next(fitting, CPU_STEP_TOKENS[-1])
 
 
-def _size_kv(spec: EngineSpec, model: Model, placement: Placement, model_len: int, measured: _Measured) -> KvSize:
+def _size_kv(spec: EngineSpec, model: Model, placement: Placement, model_len: int, measured: Measured) -> KvSize:
     return size_kv(
         spec.name,
         available=kv_bytes(placement.device, spec.memory_limit, model.weight_bytes, measured.workspace),

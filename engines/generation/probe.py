@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from engines.generation import kv_cache
-from engines.generation.runner import StepRunner
+from engines.generation.choose_runner import make_runner
 from engines.models.model import Model
 from engines.protocol import Admit, Capacity, Row, SamplingParams, StepPlan
 
@@ -44,7 +44,7 @@ class Probe:
             max_model_len=context,
         )
         caches = kv_cache.allocate(model.kv_layout, blocks, kv_cache.BLOCK_SIZE, kv_dtype, device)
-        self._runner = StepRunner(model, caches, capacity, device, clock)
+        self._runner = make_runner(model, caches, capacity, device, clock)
         # A context that is longer than the cache goes round in it.
         self._blocks = tuple(block % blocks for block in range(-(-context // kv_cache.BLOCK_SIZE)))
         self._longest = longest

@@ -1,66 +1,23 @@
-"""Runs one step: plan in, drawn tokens on their way to the host out."""
+"""Runs one step in plain torch calls: plan in, drawn tokens on their way to the host out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from engines.generation.launched import LaunchedStep, score_prompts, timestamp
 from engines.generation.logit_edits import apply_edits
-from engines.generation.logprobs import ScoredTokens, normalized, score, score_prompt
+from engines.generation.logprobs import normalized, score
 from engines.generation.rows import RowStates
 from engines.generation.sampler import draw
-from engines.generation.step_inputs import Drawing, Integers, PromptScoring, StepInputs, build_inputs
+from engines.generation.step_inputs import Drawing, StepInputs, build_inputs
 from engines.generation.threads import ThreadGovernor
 from engines.generation.transfer import to_host
 from engines.models.batch import LayerCache
 from engines.models.model import Model
-from engines.protocol import Capacity, Row, RowResult, StepPlan, StepResult, TokenLogprobs
-
-
-@dataclass(slots=True)
-class LaunchedStep:
-    """A step whose work is done (CPU) or enqueued (GPU)."""
-
-    step: int
-    rows: Sequence[Row]
-    drawing_rows: Integers
-    drawn: torch.Tensor | None
-    """(S,) on the host, valid once the step is finished."""
-    scored: ScoredTokens | None
-    scored_rows: list[int] = field(default_factory=list)
-    scored_widths: list[int] = field(default_factory=list)
-    prompts: list[tuple[PromptScoring, ScoredTokens]] = field(default_factory=list)
-    seconds: float = 0.0
-    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-
-    def result(self) -> StepResult:
-        """Wait for the device and give the results in the plan's order."""
-        seconds = self.seconds
-        if self.events is not None:
-            self.events[1].synchronize()
-            seconds = self.events[0].elapsed_time(self.events[1]) / 1000
-        tokens: list[list[int]] = [[] for _ in self.rows]
-        if self.drawn is not None:
-            for row, token in zip(self.drawing_rows.tolist(), self.drawn.tolist(), strict=True):
-                tokens[row] = [token]
-        logprobs: dict[int, list[TokenLogprobs]] = {}
-        if self.scored is not None:
-            entries = self.scored.entries(self.scored_widths)
-            logprobs = {row: [entry] for row, entry in zip(self.scored_rows, entries, strict=True)}
-        prompts = {prompt.row: scored.entries([prompt.width] * prompt.count) for prompt, scored in self.prompts}
-        results = [
-            RowResult(
-                item=row.item,
-                tokens=tokens[index],
-                logprobs=logprobs.get(index, []),
-                prompt_logprobs=prompts.get(index, []),
-            )
-            for index, row in enumerate(self.rows)
-        ]
-        return StepResult(step=self.step, rows=results, seconds=seconds)
+from engines.protocol import Capacity, StepPlan
 
 
 class StepRunner:
@@ -81,6 +38,7 @@ class StepRunner:
         self._clock = clock
         self._device = device
         self._governor = governor
+        self.captured: None = None
         self._states = RowStates(capacity, model.vocab_size, device)
         self._counts = torch.zeros((capacity.max_rows, model.vocab_size), dtype=torch.int32, device=device)
 
@@ -105,7 +63,7 @@ class StepRunner:
         inputs = build_inputs(plan.rows, self._states)
         hidden = self._model.forward(inputs.batch, self._caches)
         launched = self._draw(plan, inputs, hidden)
-        launched.prompts = [(prompt, self._score_prompt(prompt, hidden)) for prompt in inputs.prompts]
+        launched.prompts = score_prompts(inputs.prompts, hidden, self._states.tokens, self._model.logits)
         self._finish(launched, started, begin)
         if self._governor is not None:
             self._governor.observe(tokens, launched.seconds)
@@ -132,17 +90,8 @@ class StepRunner:
         launched.scored_rows = drawing.rows[drawing.scored_rows].tolist()
         launched.scored_widths = drawing.scored_widths
 
-    def _score_prompt(self, prompt: PromptScoring, hidden: torch.Tensor) -> ScoredTokens:
-        states = hidden[prompt.first : prompt.first + prompt.count]
-        following = self._states.tokens[prompt.slot, prompt.place : prompt.place + prompt.count].long()
-        return score_prompt(states, following, prompt.width, self._model.logits).map(to_host)
-
     def _record(self) -> torch.cuda.Event | None:
-        if self._device.type == "cpu":
-            return None
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+        return None if self._device.type == "cpu" else timestamp()
 
     def _finish(self, launched: LaunchedStep, started: float, begin: torch.cuda.Event | None) -> LaunchedStep:
         end = self._record()

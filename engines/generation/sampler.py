@@ -14,10 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from engines.generation.truncation import min_p_threshold, top_k_threshold, top_p_threshold
-from engines.kernels import draw_tokens, gumbel_noise
-
-GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy: dividing by them would overflow float32."""
+from engines.kernels import gumbel_noise
 
 GREEDY, PLAIN, MIN_P, TOP_K, TOP_K_TOP_P, TOP_P = range(6)
 """How a row draws; rows are sorted by this, so that each operation works on one slice."""
@@ -64,10 +61,6 @@ def draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
 def _draw_noisily(logits: torch.Tensor, draws: Draws, plain: int) -> torch.Tensor:
     """The rows from ``plain`` on, the first that is not greedy."""
     noise = draws.noise
-    truncation, sources = (draws.top_p, draws.min_p, draws.top_k), (noise.seeds, noise.choices, noise.positions)
-    drawn = draw_tokens(logits, plain, draws.temperature, truncation, sources)
-    if drawn is not None:
-        return drawn
     scores = logits[plain:] / draws.temperature[plain:].unsqueeze(1)
     truncated = draws.kind_starts[MIN_P] - plain
     if truncated < scores.shape[0]:

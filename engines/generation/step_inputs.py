@@ -94,17 +94,18 @@ def build_inputs(rows: Sequence[Row], states: RowStates) -> StepInputs:
         query_starts=moved[3],
         context_lengths=moved[4],
         block_tables=states.device_tables[moved[5], : -(-longest_context // states.block_size)],
-        decode_rows=_leading_ones(counts),
+        decode_rows=leading_ones(counts),
         longest_query=int(counts.max()),
         longest_context=longest_context,
     )
     drawing = None
     if drawing_rows.size:
         drawing = _drawing(states, drawing_rows, slots[drawing_rows], ends[drawing_rows], moved[6:])
-    return StepInputs(batch, drawing, _prompt_scorings(rows, states, slots, query_starts))
+    return StepInputs(batch, drawing, prompt_scorings(rows, states, slots, query_starts))
 
 
-def _leading_ones(counts: Integers) -> int:
+def leading_ones(counts: Integers) -> int:
+    """How many of the first rows have exactly one token each."""
     single = counts == 1
     return len(counts) if single.all() else int(single.argmin())
 
@@ -145,14 +146,15 @@ def _drawing(
         slots=device_slots,
         places=device_places,
         draws=draws,
-        edits=_edits(states, slots, places),
+        edits=edits_of(states, slots, places),
         scored=to_device((scored_rows,), states.device)[0] if scored_rows.size else None,
         scored_rows=scored_rows,
         scored_widths=states.logprobs[slots[scored_rows]].tolist(),
     )
 
 
-def _edits(states: RowStates, slots: Integers, places: Integers) -> LogitEdits:
+def edits_of(states: RowStates, slots: Integers, places: Integers) -> LogitEdits:
+    """Of rows that draw, each the slot ``slots[i]`` for place ``places[i]`` of its sequence."""
     penalized = np.flatnonzero(states.penalized[slots])
     waiting = places - states.prompt_lengths[slots] < states.min_tokens[slots]
     if not (penalized.size or states.biases or waiting.any()):
@@ -180,9 +182,10 @@ def _penalties(states: RowStates, rows: Integers, slots: Integers, known: Intege
     )
 
 
-def _prompt_scorings(
+def prompt_scorings(
     rows: Sequence[Row], states: RowStates, slots: Integers, query_starts: Integers
 ) -> list[PromptScoring]:
+    """What the rows owe of their prompts' log probabilities; ``slots`` are theirs, ``query_starts`` (R+1,)."""
     found = []
     for index in np.flatnonzero(states.prompt_logprobs[slots] >= 0).tolist():
         row, slot = rows[index], int(slots[index])

@@ -11,7 +11,7 @@ from engines.kernels.elementwise import rms_norm, rope_, rope_write_kv, silu_mul
 from engines.kernels.linear import PLAIN, Fusion, PackedLinear, RmsNorm, compose_output, linear, pack_linear
 from engines.kernels.native import NativeStatus, native_status
 from engines.kernels.reference import AttentionBatch
-from engines.kernels.sampling import draw_tokens, gumbel_noise
+from engines.kernels.sampling import gumbel_noise
 
 __all__ = [
     "PLAIN",
@@ -23,7 +23,6 @@ __all__ = [
     "RmsNorm",
     "TritonStatus",
     "compose_output",
-    "draw_tokens",
     "grouped_query_attention",
     "gumbel_noise",
     "linear",

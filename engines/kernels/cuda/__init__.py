@@ -45,7 +45,6 @@ class TritonKernels:
         self.rope_write_kv = elementwise.rope_write_kv
         self.write_cache = elementwise.write_cache
         self.gumbel_noise = sampling.gumbel_noise
-        self.draw_tokens = sampling.draw_tokens
 
 
 @functools.cache

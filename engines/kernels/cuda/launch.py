@@ -19,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 class Launcher:
-    """Launches one kernel whose parameters are, in this order: tensors, ``fixed``, ``free``, ``constants``."""
+    """Launches one kernel whose parameters are, in this order: tensors, ``fixed``, ``free``, ``constants``.
+
+    Tensors on the CPU go through Triton's interpreter, which must have been on (``TRITON_INTERPRET=1``) when the
+    kernel was defined.
+    """
 
     _direct = True
     """Whether this Triton's compiled kernels are called as its own launcher calls them, which no document promises."""
@@ -37,11 +41,14 @@ class Launcher:
         constants: tuple[int | bool, ...],
         warps: int = 4,
         stages: int = 3,
+        early: bool = False,
     ) -> None:
-        """``fixed`` integers (widths, strides) and ``constants`` get a compiled kernel for each combination; they
-        determine ``warps`` and ``stages``.
+        """``fixed`` integers (widths, strides), ``constants`` and what follows them get a compiled kernel for each
+        combination.
 
-        ``free`` are floats, and integers that the kernel names in ``do_not_specialize``.
+        ``free`` are floats, and integers that the kernel names in ``do_not_specialize``. With ``early`` the kernel may
+        start while the one before it in the stream still runs (programmatic dependent launch): each of its programs
+        must call ``gdc_wait`` before it touches what another kernel writes or reads, and before it ends.
         """
         device = tensors[0].device.index
         pointers = [tensor.data_ptr() for tensor in tensors]
@@ -49,13 +56,16 @@ class Launcher:
         for pointer in pointers:
             low_bits |= pointer
         key = None
-        if low_bits % ALIGNMENT == 0:
-            key = (device, fixed, constants, *[tensor.dtype for tensor in tensors])
+        if low_bits % ALIGNMENT == 0 and device is not None:
+            key = (device, fixed, constants, warps, stages, early, *[tensor.dtype for tensor in tensors])
             compiled = self._compiled.get(key)
             if compiled is not None:
                 self._run(compiled, device, grid, (*pointers, *fixed, *free, *constants))
                 return
-        compiled = self._kernel[grid](*tensors, *fixed, *free, *constants, num_warps=warps, num_stages=stages)
+        options = {"launch_pdl": True} if early else {}
+        compiled = self._kernel[grid](
+            *tensors, *fixed, *free, *constants, num_warps=warps, num_stages=stages, **options
+        )
         if key is not None:
             self._compiled[key] = compiled
 

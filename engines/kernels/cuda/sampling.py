@@ -1,8 +1,11 @@
-"""Noise and draws. A draw is one program a row that reads the logits a few times and keeps nothing between rows.
+"""Draws of whole batches, each row by its slot's own parameters, spread over the vocabulary.
 
-Truncation needs one threshold a row: the largest logit that still keeps enough. It is found two bits of a float at a
-time, by the sums over all that is at or above each of three bounds. Sums are taken in one order, so a row's token does
-not depend on its neighbours.
+Three launches: rows that truncate find their lowest admitted logit, every part of the vocabulary finds its winner, and
+one program a row takes the best of them. Nothing of it depends on a row's neighbours, and the token is the one that
+``reference.gumbel_noise`` and exact arithmetic give.
+
+The noise is defined in float64, which is slow on many GPUs: a part of the vocabulary is ranked by noise in float32,
+whose error is bounded, and only the few tokens that may win by that bound are computed as defined.
 """
 
 from __future__ import annotations
@@ -11,31 +14,61 @@ import torch
 import triton
 import triton.language as tl
 
+from engines.kernels import row_parameters
 from engines.kernels.cuda.launch import Launcher
 
-DRAW_WARPS = 32
-SEARCH_BLOCK, BLOCK = 8192, 2048
-"""Logits that a program looks at at once, to find a threshold and to draw."""
+SEARCH_BLOCK, SEARCH_WARPS = 8192, 32
+PART = 2048
+"""Tokens of the vocabulary that one program draws among."""
 NOISE_BLOCK = 1024
+
+SEED, CHOICE = tl.constexpr(row_parameters.SEED), tl.constexpr(row_parameters.CHOICE)
+PROMPT_LENGTH, TOP_K = tl.constexpr(row_parameters.PROMPT_LENGTH), tl.constexpr(row_parameters.TOP_K)
+TEMPERATURE, TOP_P = tl.constexpr(row_parameters.TEMPERATURE), tl.constexpr(row_parameters.TOP_P)
+MIN_P, FIELDS = tl.constexpr(row_parameters.MIN_P), tl.constexpr(row_parameters.FIELDS)
+GREEDY_BELOW = tl.constexpr(row_parameters.GREEDY_BELOW)
+NOISE_ERROR = tl.constexpr(1e-4)
+"""More than ranking by float32 noise can be wrong by: two logarithms of a few ulp at values under 20."""
 
 
 @triton.jit
-def _gumbel(start, seed, choice, position, BLOCK: tl.constexpr):
-    """Noise of the tokens ``start .. start+BLOCK-1``, ``start`` a multiple of four, as ``reference.gumbel_noise``."""
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _words(start, seed_low, seed_high, choice, position, BLOCK: tl.constexpr):
+    """24 random bits for each of the tokens ``start .. start+BLOCK-1``, ``start`` a multiple of four."""
     group = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = tl.zeros((BLOCK // 4,), tl.uint32)
-    low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox_impl(
         group,
-        zero + (position & 0xFFFFFFFF).to(tl.uint32),
-        zero + (choice & 0xFFFFFFFF).to(tl.uint32),
+        zero + position.to(tl.uint32, bitcast=True),
+        zero + choice.to(tl.uint32, bitcast=True),
         zero,
-        zero + low,
-        zero + high,
+        zero + seed_low.to(tl.uint32, bitcast=True),
+        zero + seed_high.to(tl.uint32, bitcast=True),
     )
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    uniform = ((words >> 8).to(tl.float64) + 0.5) * (1.0 / 16777216.0)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)) >> 8
+
+
+@triton.jit
+def _exact_noise(words):
+    """As ``reference.gumbel_noise`` defines it."""
+    uniform = (words.to(tl.float64) + 0.5) * (1.0 / 16777216.0)
     return (-tl.log(-tl.log(uniform))).to(tl.float32)
+
+
+@triton.jit
+def _near_noise(words):
+    """The noise in float32. Near one, the logarithm is taken of the distance to one, which float32 holds exactly."""
+    upper = words >= 8388608
+    low = (words.to(tl.float32) + 0.5) * (1.0 / 16777216.0)
+    distance = ((16777216 - words.to(tl.int32)).to(tl.float32) - 0.5) * (1.0 / 16777216.0)
+    # log(1 - d) with an error far below NOISE_ERROR: the series for small d, the logarithm itself above.
+    series = distance * (1.0 + distance * (0.5 + distance * (1.0 / 3.0 + distance * 0.25)))
+    negative = tl.where(upper & (distance < 0.01), series, -tl.log(tl.where(upper, 1.0 - distance, low)))
+    return -tl.log(negative)
 
 
 @triton.jit
@@ -49,7 +82,7 @@ def _value(key):
 @triton.jit
 def _load(logits, start, vocab, BLOCK: tl.constexpr):
     token = start + tl.arange(0, BLOCK)
-    return tl.load(logits + token, mask=token < vocab, other=float("-inf"))
+    return tl.load(logits + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -67,7 +100,10 @@ def _weight(logit, best, rate, BY_MASS: tl.constexpr):
 @triton.jit
 def _threshold(logits, vocab, rate, best, floor, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest logit at or above which there are ``wanted`` tokens (or that share of the mass) of all those at or
-    above ``floor``; -inf where all of them are not enough. ``rate`` is one over the temperature."""
+    above ``floor``; -inf where all of them are not enough. ``rate`` is one over the temperature.
+
+    It is found two bits of a float at a time, by the sums over all that is at or above each of three bounds.
+    """
     target = wanted
     if BY_MASS:
         sums = tl.zeros((BLOCK,), tl.float32)
@@ -98,60 +134,114 @@ def _threshold(logits, vocab, rate, best, floor, wanted, BY_MASS: tl.constexpr, 
     return _value(found)
 
 
-@triton.jit(do_not_specialize=["first"])
-def _draw_kernel(
+@triton.jit
+def _floor_kernel(
     logits,
-    drawn,
-    temperatures,
-    top_ps,
-    min_ps,
-    top_ks,
-    seeds,
-    choices,
-    positions,
+    floors,
+    slots,
+    places,
+    parameters,
     stride,
     vocab,
-    first,
-    SEARCH_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (rows,)."""
-    row = first + tl.program_id(0)
+    """Grid (rows,): the lowest logit over temperature that a row admits, -inf where it admits all."""
+    row = tl.program_id(0)
+    if tl.load(places + row) == 0:
+        return
     logits += row.to(tl.int64) * stride
-    temperature = tl.load(temperatures + row)
-    top_p, min_p, top_k = tl.load(top_ps + row), tl.load(min_ps + row), tl.load(top_ks + row)
+    line = parameters + tl.load(slots + row).to(tl.int64) * FIELDS
+    top_k, temperature = tl.load(line + TOP_K), _float(tl.load(line + TEMPERATURE))
+    top_p, min_p = _float(tl.load(line + TOP_P)), _float(tl.load(line + MIN_P))
     floor = tl.full((), float("-inf"), tl.float32)
-    if (top_p < 1.0) | (min_p > 0.0) | (top_k > 0):
-        highest = tl.full((SEARCH_BLOCK,), float("-inf"), tl.float32)
-        for start in range(0, vocab, SEARCH_BLOCK):
-            highest = tl.maximum(highest, _load(logits, start, vocab, SEARCH_BLOCK))
+    if (temperature >= GREEDY_BELOW) & ((top_p < 1.0) | (min_p > 0.0) | (top_k > 0)):
+        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        for start in range(0, vocab, BLOCK):
+            highest = tl.maximum(highest, _load(logits, start, vocab, BLOCK))
         best, rate = tl.max(highest, 0), 1.0 / temperature
         if min_p > 0.0:
             floor = _divided(best, temperature) + tl.log(min_p.to(tl.float64)).to(tl.float32)
         # Thresholds are found among the logits and compared once divided, so that what is equal then stays together.
         least = floor * temperature
         if top_k > 0:
-            kept = _threshold(logits, vocab, rate, best, least, top_k.to(tl.float32), False, SEARCH_BLOCK)
+            kept = _threshold(logits, vocab, rate, best, least, top_k.to(tl.float32), False, BLOCK)
             least = tl.maximum(least, kept)
             floor = tl.maximum(floor, _divided(kept, temperature))
         if top_p < 1.0:
-            kept = _threshold(logits, vocab, rate, best, least, top_p, True, SEARCH_BLOCK)
+            kept = _threshold(logits, vocab, rate, best, least, top_p, True, BLOCK)
             floor = tl.maximum(floor, _divided(kept, temperature))
+    tl.store(floors + row, floor)
 
-    seed, choice, position = tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row)
-    scores = tl.full((BLOCK,), float("-inf"), tl.float32)
-    tokens = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, vocab, BLOCK):
-        scaled = _divided(_load(logits, start, vocab, BLOCK), temperature)
-        if tl.max(scaled, 0) >= floor:
-            score = tl.where(scaled >= floor, scaled + _gumbel(start, seed, choice, position, BLOCK), float("-inf"))
-            better = score > scores
-            scores = tl.where(better, score, scores)
-            tokens = tl.where(better, start + tl.arange(0, BLOCK), tokens)
-    winners = tl.where(scores == tl.max(scores, 0), tokens, vocab)
+
+@triton.jit
+def _part_kernel(
+    logits,
+    floors,
+    slots,
+    places,
+    parameters,
+    part_scores,
+    part_tokens,
+    stride,
+    vocab,
+    PART: tl.constexpr,
+):
+    """Grid (parts, rows): score and token of the winner among PART tokens; the lowest token wins a tie."""
+    part, row = tl.program_id(0), tl.program_id(1)
+    place = tl.load(places + row)
+    if place == 0:
+        return
+    start = part * PART
+    token = start + tl.arange(0, PART)
+    line = parameters + tl.load(slots + row).to(tl.int64) * FIELDS
+    temperature = _float(tl.load(line + TEMPERATURE))
+    value = _load(logits + row.to(tl.int64) * stride, start, vocab, PART)
+    if temperature < GREEDY_BELOW:
+        best = tl.max(value, 0)
+        winner = tl.min(tl.where((value == best) & (token < vocab), token, 2147483647), 0)
+    else:
+        scaled = _divided(value, temperature)
+        admitted = (scaled >= tl.load(floors + row)) & (scaled > float("-inf"))
+        position = place - tl.load(line + PROMPT_LENGTH)
+        seed_low, seed_high, choice = tl.load(line + SEED), tl.load(line + SEED + 1), tl.load(line + CHOICE)
+        words = _words(start, seed_low, seed_high, choice, position, PART)
+        near = tl.where(admitted, scaled + _near_noise(words), float("-inf"))
+        bound = tl.max(near, 0) - NOISE_ERROR
+        candidate = admitted & (near >= bound)
+        best = tl.full((), float("-inf"), tl.float32)
+        winner = tl.full((), 2147483647, tl.int32)
+        for _ in range(tl.sum(candidate.to(tl.int32), 0)):
+            first = tl.min(tl.where(candidate, token, 2147483647), 0)
+            chosen = token == first
+            word = tl.sum(tl.where(chosen, words, 0).to(tl.int32), 0)
+            score = tl.sum(tl.where(chosen, scaled, 0.0), 0) + _exact_noise(word)
+            winner = tl.where(score > best, first, winner)
+            best = tl.maximum(score, best)
+            candidate = candidate & (token != first)
+    entry = row * tl.num_programs(0) + part
+    tl.store(part_scores + entry, best)
+    tl.store(part_tokens + entry, winner)
+
+
+@triton.jit
+def _take_kernel(
+    part_scores, part_tokens, slots, places, tokens, drawn, parts, token_stride, vocab, BLOCK: tl.constexpr
+):
+    """Grid (rows,): the best part's token, into ``drawn`` and into the row's sequence."""
+    row = tl.program_id(0)
+    place = tl.load(places + row)
+    if place == 0:
+        return
+    part = tl.arange(0, BLOCK)
+    mask = part < parts
+    score = tl.load(part_scores + row * parts + part, mask=mask, other=float("-inf"))
+    token = tl.load(part_tokens + row * parts + part, mask=mask, other=2147483647)
+    winner = tl.min(tl.where((score == tl.max(score, 0)) & mask, token, 2147483647), 0)
     # A row of NaN has no winner; 0 is as valid an id as any.
-    token = tl.min(winners, 0)
-    tl.store(drawn + tl.program_id(0), tl.where(token < vocab, token, 0).to(tl.int64))
+    winner = tl.where(winner < vocab, winner, 0)
+    tl.store(drawn + row, winner.to(tl.int64))
+    slot = tl.load(slots + row).to(tl.int64)
+    tl.store(tokens + slot * token_stride + place, winner)
 
 
 @triton.jit
@@ -159,36 +249,61 @@ def _noise_kernel(seeds, choices, positions, noise, vocab, BLOCK: tl.constexpr):
     """Grid (rows, parts of the vocabulary)."""
     row, start = tl.program_id(0), tl.program_id(1) * BLOCK
     token = start + tl.arange(0, BLOCK)
-    drawn = _gumbel(start, tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row), BLOCK)
-    tl.store(noise + row.to(tl.int64) * vocab + token, drawn, mask=token < vocab)
+    seed = tl.load(seeds + row)
+    low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    choice, position = tl.load(choices + row).to(tl.int32), tl.load(positions + row).to(tl.int32)
+    words = _words(start, low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True), choice, position, BLOCK)
+    tl.store(noise + row.to(tl.int64) * vocab + token, _exact_noise(words), mask=token < vocab)
 
 
-_draw = Launcher(_draw_kernel)
+_find_floors = Launcher(_floor_kernel)
+_draw_parts = Launcher(_part_kernel)
+_take_best = Launcher(_take_kernel)
 _make_noise = Launcher(_noise_kernel)
 
 
-def draw_tokens(
+def draw_rows(
     logits: torch.Tensor,
-    first: int,
-    temperature: torch.Tensor,
-    truncation: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    noise: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    """Rows ``first`` .. S-1 of (S, V) float32 logits -> (S - first,) int64 token ids.
+    slots: torch.Tensor,
+    places: torch.Tensor,
+    parameters: torch.Tensor,
+    tokens: torch.Tensor,
+    drawn: torch.Tensor,
+) -> None:
+    """Draw one token for each row of (S, V) logits into ``drawn`` (S,) int64 and into its sequence.
 
-    ``truncation`` is (S,) float32 top_p and min_p and int64 top_k, ``noise`` (S,) int64 seeds, choices and positions.
+    Row r has the parameters of slot ``slots[r]``, a line of (slots, FIELDS) int32, and its token goes to
+    ``tokens[slots[r], places[r]]``. ``slots`` and ``places`` are (S,) int32; a row with place 0 draws nothing.
     """
     rows, vocab = logits.shape
-    drawn = torch.empty(rows - first, dtype=torch.int64, device=logits.device)
-    _draw(
-        (rows - first, 1, 1),
-        (logits, drawn, temperature, *truncation, *noise),
+    parts = -(-vocab // PART)
+    floors = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    scores = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)
+    winners = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
+    _find_floors(
+        (rows, 1, 1),
+        (logits, floors, slots, places, parameters),
         fixed=(logits.stride(0), vocab),
-        free=(first,),
-        constants=(SEARCH_BLOCK, BLOCK),
-        warps=DRAW_WARPS,
+        free=(),
+        constants=(SEARCH_BLOCK,),
+        warps=SEARCH_WARPS,
     )
-    return drawn
+    _draw_parts(
+        (parts, rows, 1),
+        (logits, floors, slots, places, parameters, scores, winners),
+        fixed=(logits.stride(0), vocab),
+        free=(),
+        constants=(PART,),
+        warps=8,
+    )
+    _take_best(
+        (rows, 1, 1),
+        (scores, winners, slots, places, tokens, drawn),
+        fixed=(parts, tokens.stride(0), vocab),
+        free=(),
+        constants=(triton.next_power_of_2(parts),),
+        warps=1,
+    )
 
 
 def gumbel_noise(seeds: torch.Tensor, choices: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:

@@ -9,9 +9,10 @@ import torch
 
 from engines.generation.logit_edits import apply_edits
 from engines.generation.rows import RowStates
-from engines.generation.sampler import GREEDY_BELOW, draw
+from engines.generation.sampler import draw
 from engines.generation.step_inputs import build_inputs
 from engines.kernels import gumbel_noise
+from engines.kernels.row_parameters import GREEDY_BELOW
 from engines.protocol import Admit, Capacity, Row, SamplingParams
 
 

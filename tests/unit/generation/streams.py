@@ -24,13 +24,16 @@ class Streams:
         engine: GenerationEngine,
         clock: Callable[[], float] | None = None,
         blocks: int | None = None,
+        graphs: bool = True,
         **config: Any,
     ) -> None:
-        """``blocks`` lets the scheduler use only so many of the engine's."""
+        """``blocks`` lets the scheduler use only so many of the engine's, ``graphs`` those that are captured now."""
         self._engine = engine
         self._capacity = engine.capacity
         if blocks is not None:
             self._capacity = msgspec.structs.replace(engine.capacity, blocks=blocks)
+        if not graphs:
+            self._capacity = msgspec.structs.replace(self._capacity, graph_rows=(), graph_tokens=())
         self._ticks = 0
         self._clock = clock or self._tick
         self.scheduler = DynamicBatchScheduler(SchedulerConfig(**config))

@@ -1,0 +1,200 @@
+"""Runs one step on a GPU with Triton kernels: the host sends what changed, the device does the rest.
+
+Needs Triton; ``runner.StepRunner`` serves every other device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engines.generation.captured_steps import CapturedSteps, prepare
+from engines.generation.device_state import DeviceState, Words
+from engines.generation.launched import LaunchedStep, score_prompts, timestamp
+from engines.generation.logit_edits import apply_edits
+from engines.generation.logprobs import normalized, score
+from engines.generation.rows import RowStates
+from engines.generation.step_inputs import Integers, edits_of, leading_ones, prompt_scorings
+from engines.generation.transfer import to_device, to_host
+from engines.kernels.cuda.sampling import draw_rows
+from engines.models.batch import Batch, LayerCache
+from engines.models.model import Model
+from engines.protocol import Capacity, Row, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a step on the host, (R,) each."""
+
+    slots: Integers
+    counts: Integers
+    ends: Integers
+    """Tokens in the cache once the step has run: the place of the token that a row draws."""
+    query_starts: Integers
+    """(R+1,)."""
+    drawing: Integers
+    """(S,) rows that draw."""
+    decodes: int
+    """So many rows come first that compute one token."""
+
+    @property
+    def tokens(self) -> int:
+        return int(self.query_starts[-1])
+
+    @property
+    def all_decode(self) -> bool:
+        return len(self.drawing) == len(self.slots) == self.decodes
+
+
+def _read(rows: Sequence[Row]) -> _Rows:
+    counts = np.array([row.count for row in rows], np.int64)
+    query_starts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(counts, out=query_starts[1:])
+    return _Rows(
+        slots=np.array([row.slot for row in rows], np.int64),
+        counts=counts,
+        ends=np.array([row.start + row.count for row in rows], np.int64),
+        query_starts=query_starts,
+        drawing=np.flatnonzero([row.max_new for row in rows]),
+        decodes=leading_ones(counts),
+    )
+
+
+class GpuStepRunner:
+    """Enqueues plans on the current stream, in the order in which they are given. One thread only."""
+
+    def __init__(
+        self,
+        model: Model,
+        caches: list[LayerCache],
+        capacity: Capacity,
+        device: torch.device,
+        clock: Callable[[], float],
+        graph_memory: int,
+    ) -> None:
+        """``graph_memory``: bytes that captured graphs may take; 0 captures none."""
+        self._model = model
+        self._caches = caches
+        self._capacity = capacity
+        self._device = device
+        self._clock = clock
+        self._state = DeviceState(capacity, device)
+        self._states = RowStates(capacity, model.vocab_size, device, self._state)
+        self._counts = torch.zeros((capacity.max_rows, model.vocab_size), dtype=torch.int32, device=device)
+        self.captured = CapturedSteps(model, caches, self._state, capacity, graph_memory) if graph_memory else None
+
+    @staticmethod
+    def state_bytes(model: Model, max_rows: int, max_step_tokens: int, max_model_len: int, block_size: int) -> int:
+        """Bytes that a runner takes for itself, beside its graphs."""
+        vocab, hidden, itemsize = model.vocab_size, model.embedding.shape[1], model.embedding.itemsize
+        graphs = CapturedSteps.static_bytes(max_rows, max_step_tokens, vocab, hidden, itemsize)
+        return DeviceState.bytes(max_rows, max_model_len, block_size) + 4 * max_rows * vocab + graphs
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> LaunchedStep:
+        """Enqueue the step without waiting for anything."""
+        started, begin = self._clock(), timestamp()
+        for admit in plan.admits:
+            self._states.admit(admit)
+        if plan.rows:
+            self._states.extend(plan.rows)
+            rows = _read(plan.rows)
+            bound = plan.graph_rows or (self._capacity.max_rows if plan.graph_tokens else len(plan.rows))
+            self._send(rows, bound)
+            launched = self._compute(plan, rows)
+        else:
+            self._state.flush()
+            launched = LaunchedStep(plan.step, (), np.zeros(0, np.int64), None, None)
+        launched.events = (begin, timestamp())
+        launched.seconds = self._clock() - started
+        return launched
+
+    def _send(self, rows: _Rows, bound: int) -> None:
+        """All changes and the step's rows, filled up to ``bound``."""
+        padding = bound - len(rows.slots)
+        self._state.write_rows(
+            np.pad(rows.query_starts.astype(np.int32), (0, padding), mode="edge"),
+            np.pad(rows.ends.astype(np.int32), (0, padding)),
+            np.pad(rows.slots.astype(np.int32), (0, padding)),
+        )
+        if not rows.all_decode and len(rows.drawing):
+            last: Words = (rows.query_starts[1:][rows.drawing] - 1).astype(np.int32)
+            drawing = rows.drawing
+            self._state.write_draws(rows.slots[drawing].astype(np.int32), rows.ends[drawing].astype(np.int32), last)
+        self._state.flush()
+
+    def _compute(self, plan: StepPlan, rows: _Rows) -> LaunchedStep:
+        count, hidden = len(plan.rows), None
+        if plan.graph_rows and self.captured is not None:
+            logits: torch.Tensor | None = self.captured.logits(plan.graph_rows)[:count]
+        else:
+            hidden = self._hidden(plan, rows)
+            logits = self._logits(rows, hidden)
+        launched = LaunchedStep(plan.step, plan.rows, rows.drawing, None, None)
+        if logits is not None:
+            self._draw(launched, rows, logits)
+        if hidden is not None:
+            prompts = prompt_scorings(plan.rows, self._states, rows.slots, rows.query_starts)
+            launched.prompts = score_prompts(prompts, hidden, self._state.tokens, self._model.logits)
+        return launched
+
+    def _hidden(self, plan: StepPlan, rows: _Rows) -> torch.Tensor:
+        if self.captured is not None:
+            if plan.graph_tokens:
+                return self.captured.hidden(plan.graph_tokens)
+            self.captured.missed(rows.tokens, rows.all_decode)
+        batch = self._batch(rows)
+        prepare(batch, self._state, self._capacity.block_size)
+        return self._model.forward(batch, self._caches)
+
+    def _batch(self, rows: _Rows) -> Batch:
+        """Inputs of exactly these rows."""
+        count, state = len(rows.slots), self._state
+        inputs = torch.empty((3, -(-rows.tokens // 2) * 2), dtype=torch.int64, device=self._device)
+        token_ids, positions, cache_slots = (line[: rows.tokens] for line in inputs)
+        return Batch(
+            token_ids=token_ids,
+            positions=positions,
+            cache_slots=cache_slots,
+            query_starts=state.query_starts[: count + 1],
+            context_lengths=state.context_lengths[:count],
+            block_tables=state.tables,
+            decode_rows=rows.decodes,
+            longest_query=int(rows.counts.max()),
+            longest_context=int(rows.ends.max()),
+            table_rows=state.slots[:count],
+        )
+
+    def _logits(self, rows: _Rows, hidden: torch.Tensor) -> torch.Tensor | None:
+        if not len(rows.drawing):
+            return None
+        if not rows.all_decode:
+            hidden = hidden.index_select(0, self._state.draw_tokens[: len(rows.drawing)])
+        return self._model.logits(hidden)
+
+    def _draw(self, launched: LaunchedStep, rows: _Rows, logits: torch.Tensor) -> None:
+        state, count = self._state, len(rows.drawing)
+        slots, places = (
+            (state.slots, state.context_lengths) if rows.all_decode else (state.draw_slots, state.draw_places)
+        )
+        host_slots = rows.slots[rows.drawing]
+        particular = bool(self._states.particular[host_slots].any())
+        raw, scored = None, np.zeros(0, np.int64)
+        if particular:
+            scored = np.flatnonzero(self._states.logprobs[host_slots] >= 0)
+            if scored.size:
+                (scored_rows,) = to_device((scored,), self._device)
+                # The raw distribution is taken before the edits change the logits in place.
+                raw = normalized(logits.index_select(0, scored_rows))
+            apply_edits(logits, edits_of(self._states, host_slots, rows.ends[rows.drawing]), state.tokens, self._counts)
+        drawn = torch.empty(count, dtype=torch.int64, device=self._device)
+        draw_rows(logits, slots[:count], places[:count], state.parameters, state.tokens, drawn)
+        launched.drawn = to_host(drawn)
+        if raw is not None:
+            widths = self._states.logprobs[host_slots[scored]].tolist()
+            launched.scored = score(raw, drawn[scored_rows], max(widths)).map(to_host)
+            launched.scored_rows = rows.drawing[scored].tolist()
+            launched.scored_widths = widths
