@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from server.version import version
 
@@ -57,16 +59,39 @@ def machine() -> dict[str, object]:
     }
 
 
+def device_name() -> str:
+    """The driver's name of the first GPU, or ``cpu``. Asks without a CUDA context in this process."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+    except (FileNotFoundError, IndexError, subprocess.CalledProcessError):
+        return "cpu"
+
+
 def print_header(title: str) -> dict[str, object]:
     facts = machine()
     print(f"# {title}")
     for key, value in facts.items():
-        print(f"  {key}: {value}")
+        print(f"  {key}: {value}", flush=True)
     return facts
 
 
-def write(name: str, result: dict[str, object]) -> Path:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """One line of a table: the first cell to the left, all others to the right of their widths."""
+    padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+    return "  ".join((cells[0].ljust(widths[0]), *padded[1:]))
+
+
+def read(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """The result on record, or an empty one."""
+    path = (folder or RESULTS) / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(name: str, result: dict[str, object], folder: Path | None = None) -> Path:
+    """Into ``folder`` in place of ``benchmarks/results``, where one is given."""
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

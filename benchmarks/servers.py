@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from benchmarks.model_configs import MODEL_LEN, config_folder
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,18 @@ def _ready(url: str) -> bool:
 def slimserve(*arguments: str) -> list[str]:
     """The command line of this environment's own ``slimserve``."""
     return [sys.executable, "-m", "server.cli", *arguments]
+
+
+@contextlib.contextmanager
+def random_weights_server(model: str, dtype: str) -> Iterator[Server]:
+    """``slimserve serve`` with the shapes of ``model``, which it calls ``random``. Experts are drawn uniformly."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        entry: dict[str, object] = {"name": "random", "source": str(config_folder(folder, model)), "random_weights": 0}
+        entry |= {"dtype": dtype, "max_model_len": MODEL_LEN, "uniform_routing": True}
+        config = folder / "config.yaml"
+        config.write_text(json.dumps({"models": [entry]}))
+        port = free_port()
+        command = slimserve("serve", "--config", str(config), "--port", str(port))
+        with running("slimserve", command, port, "/health/ready", log=folder / "log") as server:
+            yield server

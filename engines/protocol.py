@@ -51,6 +51,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """CPU threads inside one operation; None chooses by measurement."""
     random_weights: int | None = None
     """Seed that fills the config's shapes with random weights instead of reading any file."""
+    uniform_routing: bool = False
+    """Draw each token's experts uniformly at random: random weights route to a few only. Needs ``random_weights``."""
     measured: Measured | None = None
     """From an earlier load of this very spec on this device, which then need not be repeated."""
     fake_step_seconds: float = 0.0

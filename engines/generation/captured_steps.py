@@ -22,6 +22,9 @@ from engines.protocol import Capacity
 
 ROW_SIZES = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 257, 16))
 TOKEN_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+LATENT_TOKENS = 64
+GRAPH_BYTES = 4 << 20
+"""Roughly what the driver takes for one graph beside the memory that its kernels use."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class CapturedSteps:
         self._left = memory
         device = state.tokens.device
         rows = sorted({size for size in ROW_SIZES if size <= capacity.max_rows} | {capacity.max_rows})
-        tokens = [size for size in TOKEN_SIZES if size <= capacity.max_step_tokens]
+        tokens = [size for size in TOKEN_SIZES if size <= min(capacity.max_step_tokens, _longest(model))]
         self._pending = [GraphSize(size, True) for size in rows] + [GraphSize(size, False) for size in tokens]
         self._wanted: dict[GraphSize, int] = {}
         self._graphs: dict[GraphSize, torch.cuda.CUDAGraph] = {}
@@ -97,18 +100,18 @@ class CapturedSteps:
             return False
         size = self._next()
         self._pending.remove(size)
-        before = self._free()
+        before = torch.cuda.memory_reserved()
         # All rows are padding: what runs before the capture writes nothing.
         self._state.clear_rows()
         self._graphs[size] = self._capture(self._step_of(size))
-        taken = before - self._free()
+        taken = torch.cuda.memory_reserved() - before + GRAPH_BYTES
         if taken > self._left:
             del self._graphs[size]
             larger = [other for other in self._pending if other.decodes == size.decodes and other.count > size.count]
             self._pending = [other for other in self._pending if other not in larger]
             _log.warning("no CUDA graph of %s: it takes %d MiB, %d MiB are left", size, taken >> 20, self._left >> 20)
         else:
-            self._left -= max(0, taken)
+            self._left -= taken
             self._publish()
         return bool(self._pending)
 
@@ -124,11 +127,6 @@ class CapturedSteps:
     def _publish(self) -> None:
         self.rows = tuple(sorted(size.count for size in self._graphs if size.decodes))
         self.tokens = tuple(sorted(size.count for size in self._graphs if not size.decodes))
-
-    @staticmethod
-    def _free() -> int:
-        free: int = torch.cuda.mem_get_info()[0]
-        return free
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         # Compiles kernels and lets libraries set up what they may not while a graph is captured.
@@ -172,6 +170,13 @@ class CapturedSteps:
                 self._hidden[: size.count].copy_(hidden)
 
         return step
+
+
+def _longest(model: Model) -> int:
+    """Most tokens of a graph. Without numbers on the host, latent attention computes prompts in its absorbed form,
+    which takes several times the work of the other one: that is worth it for few tokens only."""
+    latent = len(model.kv_layout.token_shapes) == 1
+    return LATENT_TOKENS if latent else TOKEN_SIZES[-1]
 
 
 def prepare(batch: Batch, state: DeviceState, block_size: int) -> None:

@@ -105,10 +105,10 @@ class GenerationEngine:
             if more:
                 self._thread.submit(self._capture)
                 return
-        except RuntimeError:
-            # Every step can run without a graph.
+        except RuntimeError as error:
+            # Every step can run without a graph, as some do that a graph cannot hold.
             if not self._closing:
-                _log.exception("no more CUDA graphs are captured")
+                _log.warning("%s: no more CUDA graphs are captured: %s", self._info.name, error)
         except BaseException as failure:
             self._failure = failure
             raise

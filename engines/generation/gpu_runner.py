@@ -20,6 +20,7 @@ from engines.generation.rows import RowStates
 from engines.generation.step_inputs import Integers, edits_of, leading_ones, prompt_scorings
 from engines.generation.transfer import to_device, to_host
 from engines.kernels.cuda.sampling import draw_rows
+from engines.kernels.cuda.truncation import Truncates
 from engines.models.batch import Batch, LayerCache
 from engines.models.model import Model
 from engines.protocol import Capacity, Row, StepPlan
@@ -166,6 +167,7 @@ class GpuStepRunner:
             longest_query=int(rows.counts.max()),
             longest_context=int(rows.ends.max()),
             table_rows=state.slots[:count],
+            prompt_blocks=int((-(-rows.ends[rows.decodes :] // self._capacity.block_size)).sum()),
         )
 
     def _logits(self, rows: _Rows, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -191,10 +193,19 @@ class GpuStepRunner:
                 raw = normalized(logits.index_select(0, scored_rows))
             apply_edits(logits, edits_of(self._states, host_slots, rows.ends[rows.drawing]), state.tokens, self._counts)
         drawn = torch.empty(count, dtype=torch.int64, device=self._device)
-        draw_rows(logits, slots[:count], places[:count], state.parameters, state.tokens, drawn)
+        truncates = self._truncates(host_slots)
+        draw_rows(logits, slots[:count], places[:count], state.parameters, state.tokens, drawn, truncates)
         launched.drawn = to_host(drawn)
         if raw is not None:
             widths = self._states.logprobs[host_slots[scored]].tolist()
             launched.scored = score(raw, drawn[scored_rows], max(widths)).map(to_host)
             launched.scored_rows = rows.drawing[scored].tolist()
             launched.scored_widths = widths
+
+    def _truncates(self, slots: Integers) -> Truncates:
+        states = self._states
+        return Truncates(
+            top_k=bool((states.top_k[slots] > 0).any()),
+            top_p=bool((states.top_p[slots] < 1).any()),
+            min_p=bool((states.min_p[slots] > 0).any()),
+        )

@@ -8,8 +8,19 @@ whatever other rows are in the step.
 from engines.kernels.attention import GroupedQueries, grouped_query_attention, mla_attention, paged_attention
 from engines.kernels.cuda import TritonStatus, triton_status
 from engines.kernels.elementwise import rms_norm, rope_, rope_write_kv, silu_mul, write_kv, write_latent
+from engines.kernels.experts import (
+    PackedExperts,
+    RoutedBatch,
+    Router,
+    RoutingRule,
+    mixture,
+    pack_experts,
+    shared_experts,
+)
+from engines.kernels.latent_attention import LatentQueries, LatentUp, latent_attention, pack_latent_up
 from engines.kernels.linear import PLAIN, Fusion, PackedLinear, RmsNorm, compose_output, linear, pack_linear
 from engines.kernels.native import NativeStatus, native_status
+from engines.kernels.prefetch import join_prefetches, prefetch
 from engines.kernels.reference import AttentionBatch
 from engines.kernels.sampling import gumbel_noise
 
@@ -18,19 +29,32 @@ __all__ = [
     "AttentionBatch",
     "Fusion",
     "GroupedQueries",
+    "LatentQueries",
+    "LatentUp",
     "NativeStatus",
+    "PackedExperts",
     "PackedLinear",
     "RmsNorm",
+    "RoutedBatch",
+    "Router",
+    "RoutingRule",
     "TritonStatus",
     "compose_output",
     "grouped_query_attention",
     "gumbel_noise",
+    "latent_attention",
+    "join_prefetches",
     "linear",
+    "mixture",
     "mla_attention",
     "native_status",
+    "pack_experts",
+    "pack_latent_up",
     "pack_linear",
     "paged_attention",
+    "prefetch",
     "rms_norm",
+    "shared_experts",
     "rope_",
     "rope_write_kv",
     "silu_mul",

@@ -37,6 +37,10 @@ def grouped_query_attention(
     Returns (T, heads * head_dim).
     """
     heads, kv_heads = shape.heads, shape.kv_heads
+    if batch.decode_rows == batch.context_lengths.shape[0]:
+        triton = backends.triton_for(qkv, *cache)
+        if triton is not None and triton.fits_grouped(qkv, *cache):
+            return triton.attend_decodes(qkv, shape, (cache[0], cache[1]), batch)
     split = qkv.view(-1, heads + 2 * kv_heads, shape.head_dim)
     queries, keys, values = split.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
     if shape.query_norm is not None and shape.key_norm is not None:
@@ -84,6 +88,8 @@ def _attention(
     if queries.is_cpu:
         return reference.attention(queries, keys, values, batch, scale)
     triton = backends.triton_for(queries, keys, values)
+    if triton is not None and triton.fits_grouped(queries, keys, values):
+        return triton.grouped_attention(queries, (keys, values), batch, scale)
     if triton is not None and triton.fits_attention(keys, values):
         return triton.attention(queries, keys, values, batch, scale)
     return reference.padded_attention(queries, keys, values, batch, scale)

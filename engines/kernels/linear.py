@@ -13,10 +13,13 @@ import torch
 from torch.nn import functional
 
 from engines.kernels import backends, elementwise
+from engines.kernels.cuda.tuning import MOST_ROWS, WEIGHT_ALIGNMENT
 
 INVARIANT_ROWS = 8
 """Without the library, float32 products on the CPU run on a multiple of so many rows: below it BLAS picks another
 kernel, and a row's last bits, by the number of rows."""
+
+SKINNY_TYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class Fusion:
     """The output, (gate, up) side by side, becomes ``silu(gate) * up``: half as wide."""
     residual: torch.Tensor | None = None
     """Added to the output, whose shape it has."""
+    dtype: torch.dtype | None = None
+    """Of the output; None: the input's."""
 
 
 PLAIN = Fusion()
@@ -64,6 +69,10 @@ def pack_linear(weight: torch.Tensor) -> PackedLinear:
         blocks = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return PackedLinear(blocks, "onednn", out_features, in_features)
     if weight.is_cuda:
+        if (triton := backends.triton_for(weight)) is not None:
+            triton.reserve_skinny(weight.device)
+        if weight.data_ptr() % WEIGHT_ALIGNMENT or not weight.is_contiguous():
+            weight = weight.clone(memory_format=torch.contiguous_format)
         return PackedLinear(weight.t(), "turned", out_features, in_features)
     return PackedLinear(weight, "plain", out_features, in_features)
 
@@ -78,10 +87,13 @@ def linear(
     x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None, fusion: Fusion = PLAIN
 ) -> torch.Tensor:
     """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
+    if packed.layout == "turned" and (output := _skinny(x, packed, bias, fusion)) is not None:
+        return output
     if fusion.norm is not None:
         x = fusion.norm(x)
     if packed.layout == "turned" and bias is None and fusion.residual is not None and not fusion.gated:
-        return torch.addmm(fusion.residual, x, packed.weight)
+        output = torch.addmm(fusion.residual, x, packed.weight)
+        return output if fusion.dtype is None else output.to(fusion.dtype)
     return compose_output(product(x, packed, bias), fusion)
 
 
@@ -89,7 +101,38 @@ def compose_output(output: torch.Tensor, fusion: Fusion) -> torch.Tensor:
     """What ``fusion`` does to the output of a product, one operation after the other."""
     if fusion.gated:
         output = elementwise.silu_mul(output)
-    return output if fusion.residual is None else fusion.residual + output
+    if fusion.residual is not None:
+        output = fusion.residual + output
+    return output if fusion.dtype is None else output.to(fusion.dtype)
+
+
+def _skinny(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, fusion: Fusion) -> torch.Tensor | None:
+    """``linear`` in one kernel; None where that does not fit or is not faster."""
+    rows = x.shape[0]
+    if not 0 < rows <= MOST_ROWS or x.dtype not in SKINNY_TYPES or x.dtype is not packed.weight.dtype:
+        return None
+    triton = backends.triton_for(x) if fusion.residual is None else backends.triton_for(x, fusion.residual)
+    if triton is None or packed.weight.stride(1) != packed.in_features:
+        return None
+    norm = fusion.norm
+    if norm is not None and x.dtype is torch.float16:
+        # The kernel scales by the norm last; what it has before that can exceed float16.
+        x, norm = norm(x), None
+    config = triton.skinny_config(
+        rows, packed.out_features, packed.in_features, fusion.gated, norm is not None, x.device
+    )
+    if config is None:
+        return None
+    return triton.skinny_linear(
+        x,
+        packed.weight.t(),
+        config,
+        None if norm is None else (norm.weight, norm.eps),
+        bias,
+        fusion.gated,
+        fusion.residual,
+        fusion.dtype,
+    )
 
 
 def product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:

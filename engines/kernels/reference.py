@@ -59,6 +59,10 @@ class AttentionBatch(Protocol):
     def longest_context(self) -> int:
         """Most cached tokens of one row."""
 
+    @property
+    def prompt_blocks(self) -> int | None:
+        """Cache blocks that the rows behind ``decode_rows`` take together, or more; None: not counted."""
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / rms(x) * weight`` over the last dimension, in float32, rounded once to x's dtype."""

@@ -58,3 +58,5 @@ class Batch:
     longest_context: int
     table_rows: torch.Tensor | None = None
     """(R,) int32: the line of ``block_tables`` that belongs to each row; None: row r has line r."""
+    prompt_blocks: int | None = None
+    """Cache blocks that the contexts of the rows behind ``decode_rows`` take together, or more; None: not counted."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from engines import kernels
-from engines.kernels import PLAIN, Fusion, PackedLinear, RmsNorm
+from engines.kernels import PLAIN, Fusion, RmsNorm, Router
+from engines.models.batch import Batch
+from engines.models.config import MoeConfig
 from engines.protocol import EngineLoadError
 from engines.quant.base import LinearLayout, LinearPart, QuantMethod, Split, WeightSource
 from engines.quant.dense import DenseMethod, DenseWeights
@@ -20,46 +21,35 @@ class Linear:
 
     def __init__(self, method: Method, weights: Any) -> None:
         self._apply = method.apply
+        self._storage = method.storage
         self._weights = weights
+
+    @property
+    def storage(self) -> tuple[torch.Tensor, ...]:
+        """What every call reads in full."""
+        return self._storage(self._weights)
 
     def __call__(self, x: torch.Tensor, fusion: Fusion = PLAIN) -> torch.Tensor:
         """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
         return self._apply(self._weights, x, fusion)
 
 
-class GroupedLinear:
-    """As many layers of one shape as there are experts; each input row takes one of them."""
+class ExpertProducts:
+    """Routed and shared experts in some weight format."""
 
     def __init__(self, method: Method, weights: Any) -> None:
-        self._apply = method.apply_group
+        self._apply = method.apply_experts
+        self._storage = method.expert_storage
         self._weights = weights
 
-    def __call__(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """(N, in) -> (N, out): rows ``ends[e-1] .. ends[e]-1`` through expert e."""
-        return self._apply(self._weights, x, ends)
+    @property
+    def storage(self) -> tuple[torch.Tensor, ...]:
+        """What every call reads in full."""
+        return self._storage(self._weights)
 
-
-class HeadwiseLinear:
-    """One small linear layer a head, without a weight format: MLA's absorbed projections."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        """``weight`` is (heads, out, in)."""
-        self._out = weight.shape[1]
-        self._stacked: torch.Tensor | None = None
-        self._heads: tuple[PackedLinear, ...] = ()
-        if weight.device.type == "cpu":
-            # A batched product would sum in an order that depends on T; the packed one never does.
-            self._heads = tuple(kernels.pack_linear(head.contiguous()) for head in weight)
-        else:
-            self._stacked = weight.transpose(1, 2)
-
-    def __call__(self, x: torch.Tensor, output: torch.Tensor) -> None:
-        """(T, heads, in) into ``output`` (T, heads, out)."""
-        if self._stacked is not None:
-            output.copy_(torch.bmm(x.transpose(0, 1), self._stacked).transpose(0, 1))
-            return
-        for head, packed in enumerate(self._heads):
-            output[:, head] = kernels.linear(x[:, head].contiguous(), packed)
+    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, router: Router, batch: Batch) -> torch.Tensor:
+        """(T, hidden) -> (T, hidden): the residual stream in and out."""
+        return self._apply(self._weights, hidden, norm, router, batch)
 
 
 class Mlp:
@@ -69,7 +59,12 @@ class Mlp:
         self.gate_up = gate_up
         self.down = down
 
-    def __call__(self, hidden: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+    @property
+    def storage(self) -> tuple[torch.Tensor, ...]:
+        """What every call reads in full, in this order."""
+        return *self.gate_up.storage, *self.down.storage
+
+    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:
         """(T, hidden) -> (T, hidden): the residual stream in and out."""
         gated = self.gate_up(hidden, Fusion(norm=norm, gated=True))
         return self.down(gated, Fusion(residual=hidden))
@@ -104,19 +99,30 @@ class ModelBuilder:
         weights = self.method.create_weights(_layout(parts, in_features, split, bias), self.source)
         return Linear(self.method, weights if self.counting else self.method.finish(weights))
 
-    def grouped_linear(self, experts: list[dict[str, int]], in_features: int) -> GroupedLinear:
-        """One entry an expert, as for ``linear``. Experts of other ranks are skipped."""
-        share = self.share(len(experts), "experts")
+    def experts(self, name: str, config: MoeConfig, hidden: int) -> ExpertProducts:
+        """Routed and shared experts. Experts of other ranks are skipped."""
+        share, width = self.share(config.experts, "experts"), config.intermediate
         first = self.source.rank * share
-        for index, parts in enumerate(experts):
-            if not first <= index < first + share:
-                for name in parts:
-                    self.source.skip(f"{name}.weight")
-        weights = [
-            self.method.create_weights(_layout(parts, in_features, "none", bias=False), self.source)
-            for parts in experts[first : first + share]
+        for expert in range(config.experts):
+            if not first <= expert < first + share:
+                for part in ("gate_proj", "up_proj", "down_proj"):
+                    self.source.skip(f"{name}.experts.{expert}.{part}.weight")
+        routed = [
+            self._expert(f"{name}.experts.{expert}", hidden, width, ("none", "none"))
+            for expert in range(first, first + share)
         ]
-        return GroupedLinear(self.method, weights if self.counting else self.method.finish_group(weights))
+        shared = self._expert(f"{name}.shared_experts", hidden, config.shared_intermediate, ("out", "in"))
+        gate_up, down = [pair[0] for pair in routed], [pair[1] for pair in routed]
+        weights = (
+            shared if self.counting else self.method.finish_experts(gate_up, down, shared, config.experts_per_token)
+        )
+        return ExpertProducts(self.method, weights)
+
+    def _expert(self, name: str, hidden: int, width: int, splits: tuple[Split, Split]) -> tuple[Any, Any]:
+        """Raw weights of gate and up, and of down."""
+        gate_up = _layout({f"{name}.gate_proj": width, f"{name}.up_proj": width}, hidden, splits[0], bias=False)
+        down = _layout({f"{name}.down_proj": hidden}, width, splits[1], bias=False)
+        return self.method.create_weights(gate_up, self.source), self.method.create_weights(down, self.source)
 
     def mlp(self, name: str, hidden: int, intermediate: int, bias: bool = False) -> Mlp:
         gate_up = {f"{name}.gate_proj": intermediate, f"{name}.up_proj": intermediate}

@@ -46,7 +46,9 @@ def load_model(
     needed = build_model(config, counter, positions).weight_bytes
     require_memory(spec.name, needed, dtype, device, spec.memory_limit)
     if spec.random_weights is not None:
-        return build_model(config, RandomSource(placement, spec.random_weights), positions)
+        return build_model(config, RandomSource(placement, spec.random_weights), positions, spec.uniform_routing)
+    if spec.uniform_routing:
+        raise EngineLoadError(f"{spec.name}: uniform routing is for measurements with random weights only")
     source = FileSource(placement, _open(manifest), report, counter.taken_bytes)
     model = build_model(config, source, positions)
     if config.tied_head and HEAD in source.reader.shapes:
@@ -62,16 +64,28 @@ def _open(manifest: Manifest) -> TensorReader:
     return SafetensorsReader(manifest.files)
 
 
-def build_model(config: ModelConfig, source: CountingSource | RandomSource | FileSource, positions: int) -> Model:
-    """Make the model of one weight source; ``positions`` is the longest sequence in tokens."""
+def build_model(
+    config: ModelConfig,
+    source: CountingSource | RandomSource | FileSource,
+    positions: int,
+    uniform_routing: bool = False,
+) -> Model:
+    """Make the model of one weight source; ``positions`` is the longest sequence in tokens.
+
+    With ``uniform_routing`` experts, if there are any, are drawn at random.
+    """
     builder = ModelBuilder(source, DenseMethod())
     shape = (config.vocab, config.hidden)
     embedding = builder.tensor(EMBEDDING, shape)
     cos_sin = cos_sin_table(config.rope, 1 if builder.counting else positions, source.device)
     if isinstance(config, DeepseekConfig):
-        layers, layout = deepseek.build_layers(config, builder, cos_sin), deepseek.kv_layout(config)
+        layers = deepseek.build_layers(config, builder, cos_sin, uniform_routing)
+        layout = deepseek.kv_layout(config)
     else:
         layers, layout = decoder.build_layers(config, builder, cos_sin), decoder.kv_layout(config, builder)
+    if not builder.counting:
+        for layer in layers:
+            layer.attention.upcoming = (*layer.attention.output.storage, *layer.feed_forward.storage)
     head = builder.plain(embedding if config.tied_head else builder.tensor(HEAD, shape))
     # On the CPU a tied head is a second, packed copy.
     copied = embedding.nbytes if config.tied_head and source.placement.device.type == "cpu" else 0

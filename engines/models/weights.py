@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from engines.models.staging import Uploader
 from engines.protocol import EngineLoadError, LoadProgress, ReportProgress
 from engines.quant.base import Split
 
@@ -113,6 +114,7 @@ class FileSource(_Source):
         self.total = total
         self.reported = 0
         self.used: set[str] = set()
+        self._uploader = Uploader(self.device) if self.device.type == "cuda" else None
 
     def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
         stored = self.reader.shapes.get(name)
@@ -122,7 +124,10 @@ class FileSource(_Source):
             raise EngineLoadError(f"tensor {name} has shape {stored} where the config asks for {shape}")
         self.used.add(name)
         part = self.reader.read(name, self.part(name, shape, split))
-        tensor = part.to(self.device, dtype or self.placement.dtype, copy=True).contiguous()
+        if self._uploader is not None:
+            tensor = self._uploader.upload(part).to(dtype or self.placement.dtype)
+        else:
+            tensor = part.to(self.device, dtype or self.placement.dtype, copy=True).contiguous()
         self.counted(tensor)
         if self.taken_bytes - self.reported > self.total // PROGRESS_STEPS:
             self.reported = self.taken_bytes

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 
-from engines.kernels import Fusion
+from engines.kernels import Fusion, RmsNorm, RoutedBatch, Router
 
 Split = Literal["none", "out", "in"]
 """The axis over which tensor-parallel ranks share a weight: its rows (out), its columns (in), or none: each has all.
@@ -77,8 +77,18 @@ class QuantMethod(Protocol[Raw, Ready, Grouped]):
     def apply(self, weights: Ready, x: torch.Tensor, fusion: Fusion) -> torch.Tensor:
         """(T, in) -> (T, out) in x's dtype, with what ``fusion`` does before and after the product."""
 
-    def finish_group(self, weights: list[Raw]) -> Grouped:
-        """As ``finish``, for layers of one shape without bias of which each input row takes one: experts."""
+    def storage(self, weights: Ready) -> tuple[torch.Tensor, ...]:
+        """What ``apply`` reads in full, whatever x."""
 
-    def apply_group(self, weights: Grouped, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """(N, in) -> (N, out): rows ``ends[e-1] .. ends[e]-1`` through layer e. ``ends`` is (E,) int32."""
+    def expert_storage(self, weights: Grouped) -> tuple[torch.Tensor, ...]:
+        """The same of ``apply_experts``: the shared experts."""
+
+    def finish_experts(
+        self, gate_up: list[Raw], down: list[Raw], shared: tuple[Raw, Raw], experts_per_token: int
+    ) -> Grouped:
+        """As ``finish``, for a mixture of experts: gate and up stacked, and down, of each, and of the shared layer."""
+
+    def apply_experts(
+        self, weights: Grouped, hidden: torch.Tensor, norm: RmsNorm, router: Router, batch: RoutedBatch
+    ) -> torch.Tensor:
+        """(T, hidden) residual stream -> the stream after the expert layer."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from engines import kernels
-from engines.kernels import Fusion, PackedLinear
+from engines.kernels import Fusion, PackedExperts, PackedLinear, RmsNorm, RoutedBatch, Router
 from engines.quant.base import LinearLayout, Split, WeightSource
 
 
@@ -23,14 +22,6 @@ class DenseWeights:
 class PackedWeights:
     packed: PackedLinear
     bias: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class GroupedWeights:
-    layers: tuple[PackedLinear, ...]
-    """On the CPU: one a layer."""
-    stacked: torch.Tensor | None
-    """On a GPU: (E, in, out), for one call that never waits for the device."""
 
 
 class DenseMethod:
@@ -63,18 +54,27 @@ class DenseMethod:
     def apply(self, weights: PackedWeights, x: torch.Tensor, fusion: Fusion) -> torch.Tensor:
         return kernels.linear(x, weights.packed, weights.bias, fusion)
 
-    def finish_group(self, weights: list[DenseWeights]) -> GroupedWeights:
-        if weights[0].weight.device.type == "cpu":
-            return GroupedWeights(tuple(kernels.pack_linear(layer.weight) for layer in weights), None)
-        return GroupedWeights((), torch.stack([layer.weight for layer in weights]).transpose(1, 2))
+    def storage(self, weights: PackedWeights) -> tuple[torch.Tensor, ...]:
+        return (weights.packed.weight.t(),) if weights.packed.layout == "turned" else (weights.packed.weight,)
 
-    def apply_group(self, weights: GroupedWeights, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        if weights.stacked is not None:
-            return functional.grouped_mm(x, weights.stacked, offs=ends)
-        output = x.new_empty(x.shape[0], weights.layers[0].out_features)
-        start = 0
-        for layer, end in zip(weights.layers, ends.tolist(), strict=True):
-            if end > start:
-                output[start:end] = kernels.linear(x[start:end], layer)
-            start = end
-        return output
+    def expert_storage(self, weights: PackedExperts) -> tuple[torch.Tensor, ...]:
+        return kernels.shared_experts(weights)
+
+    def finish_experts(
+        self,
+        gate_up: list[DenseWeights],
+        down: list[DenseWeights],
+        shared: tuple[DenseWeights, DenseWeights],
+        experts_per_token: int,
+    ) -> PackedExperts:
+        return kernels.pack_experts(
+            [layer.weight for layer in gate_up],
+            [layer.weight for layer in down],
+            (shared[0].weight, shared[1].weight),
+            experts_per_token,
+        )
+
+    def apply_experts(
+        self, weights: PackedExperts, hidden: torch.Tensor, norm: RmsNorm, router: Router, batch: RoutedBatch
+    ) -> torch.Tensor:
+        return kernels.mixture(hidden, norm, router, weights, batch)

@@ -11,7 +11,8 @@ import msgspec
 import pytest
 import torch
 
-from engines import kernels
+from engines.generation import choose_runner
+from engines.kernels import backends
 from tests.unit.generation.streams import Streams, item
 from tests.unit.generation.tiny_models import load_tiny, model_folder
 
@@ -46,7 +47,8 @@ def test_no_step_takes_more_than_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_triton: bool
 ) -> None:
     if not with_triton:
-        monkeypatch.setattr(kernels, "shared_triton", lambda: None)
+        for module in (backends, choose_runner):
+            monkeypatch.setattr(module, "shared_triton", lambda: None)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     engine = load_tiny(

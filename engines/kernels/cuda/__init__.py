@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -35,16 +37,50 @@ class TritonKernels:
 
     def __init__(self) -> None:
         """Raises ImportError where Triton is not installed."""
-        from engines.kernels.cuda import attention, elementwise, sampling
+        from engines.kernels.cuda import (
+            attention,
+            decode_attention,
+            elementwise,
+            mixture,
+            mla,
+            mla_prefill,
+            prefetch,
+            prefill_attention,
+            sampling,
+            skinny,
+        )
 
         self.attention = attention.attention
         self.fits_attention = attention.fits
+        self.fits_grouped = prefill_attention.fits
+        self.grouped_attention = prefill_attention.paged_attention
+        self.attend_decodes = decode_attention.attend_fused
+        self.fits_latents = mla.fits
+        self.attend_latents = mla.attend_latents
+        self.attend_mixed_latents = mla.attend_mixed
+        self.fits_prompts = mla_prefill.fits
+        self.mixture = mixture.mixture
+        self.sorted_mixture = mixture.sorted_mixture
         self.rms_norm = elementwise.rms_norm
         self.silu_mul = elementwise.silu_mul
         self.rope_ = elementwise.rope_
         self.rope_write_kv = elementwise.rope_write_kv
         self.write_cache = elementwise.write_cache
         self.gumbel_noise = sampling.gumbel_noise
+        self.branch = prefetch.branch
+        self.reserve_skinny = skinny.reserve
+        self.skinny_config = skinny.skinny_config
+        self.skinny_linear = skinny.skinny_linear
+
+
+def compiled_folder() -> Path:
+    """Where compiled kernels are kept, under the folder that also holds models: ``SLIMSERVE_HOME``, or XDG's.
+
+    Triton tells its own versions, GPUs and sources apart there; ``TRITON_CACHE_DIR`` names another folder.
+    """
+    if home := os.environ.get("SLIMSERVE_HOME"):
+        return Path(home).expanduser().absolute() / "triton"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "slimserve" / "triton"
 
 
 @functools.cache
@@ -55,6 +91,7 @@ def _shared() -> tuple[TritonKernels | None, TritonStatus]:
     try:
         if capability < OLDEST_CAPABILITY:
             raise ImportError(f"the GPU's compute capability {capability} is below {OLDEST_CAPABILITY}")
+        os.environ.setdefault("TRITON_CACHE_DIR", str(compiled_folder()))
         import triton
 
         kernels = TritonKernels()

@@ -1,4 +1,5 @@
-"""Paged attention: one kernel for decode rows, prefill chunks and MLA, and one that combines a row's splits.
+"""Paged attention of any type and width: one kernel for decode rows, prefill chunks and MLA, and one that combines a
+row's splits. ``decode_attention`` and ``prefill_attention`` are faster where they fit.
 
 A tile's M rows are (query token, query head) pairs that share one key/value head, token by token: a decode fills it
 with the heads of its group, a prefill chunk with tokens too, and no combination of counts wastes more than one tile.
@@ -53,6 +54,7 @@ def _attention_kernel(
     query_starts,
     context_lengths,
     block_tables,
+    table_rows,
     query_token_stride,
     query_head_stride,
     key_slot_stride,
@@ -76,6 +78,7 @@ def _attention_kernel(
     SPLIT_TOKENS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
+    TABLE_ROWS: tl.constexpr,
 ):
     """Grid (tiles * splits, kv heads, rows). The key's first VALUE_DIM entries and its rest are multiplied apart."""
     tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
@@ -112,7 +115,8 @@ def _attention_kernel(
     best = tl.full((TILE_M,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_M,), tl.float32)
     sums = tl.zeros((TILE_M, VALUE_BLOCK), tl.float32)
-    table = block_tables + row.to(tl.int64) * table_stride
+    line = tl.load(table_rows + row) if TABLE_ROWS else row
+    table = block_tables + line.to(tl.int64) * table_stride
     for first in range(begin, end, TILE_N):
         place = first + tl.arange(0, TILE_N)
         present = place < end
@@ -233,12 +237,23 @@ def _launch(
     rest = keys.shape[-1] - value_dim
     tile = _choose_tile(queries.dtype, value_dim, prefill=splits == 0)
     longest = batch.longest_query if splits == 0 else 1
+    tables, lines = batch.block_tables, batch.table_rows
     tiles = -(-longest * (heads // kv_heads) // tile.rows)
     _attend(
         (tiles * max(splits, 1), kv_heads, len(rows)),
-        (queries, keys, values, output, *scratch, batch.query_starts, batch.context_lengths, batch.block_tables),
+        (
+            queries,
+            keys,
+            values,
+            output,
+            *scratch,
+            batch.query_starts,
+            batch.context_lengths,
+            tables,
+            tables if lines is None else lines,
+        ),
         fixed=(*queries.stride()[:2], *keys.stride()[1:3], *values.stride()[1:3], heads),
-        free=(rows.start, max(splits, 1), batch.block_tables.stride(0), scale * LOG2_E),
+        free=(rows.start, max(splits, 1), tables.stride(0), scale * LOG2_E),
         constants=(
             heads // kv_heads,
             keys.shape[1],
@@ -252,6 +267,7 @@ def _launch(
             SPLIT_TOKENS,
             tile.rows,
             tile.keys,
+            lines is not None,
         ),
         warps=tile.warps,
         stages=tile.stages,

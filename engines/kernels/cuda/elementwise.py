@@ -106,12 +106,13 @@ def _rope_kernel(
     first, second = first.to(keys.dtype.element_ty), second.to(keys.dtype.element_ty)
     if WRITE:
         slot = tl.load(cache_slots + token)
+        mask = mask & (slot >= 0)
         entry = (slot * key_count + head[:, None]) * WIDTH
         target = key_cache + entry + place[None, :]
         tl.store(target, first.to(key_cache.dtype.element_ty), mask=mask)
         tl.store(target + distance, second.to(key_cache.dtype.element_ty), mask=mask)
         dims = tl.arange(0, WIDTH_BLOCK)[None, :]
-        whole = (head < key_count)[:, None] & (dims < WIDTH)
+        whole = (head < key_count)[:, None] & (dims < WIDTH) & (slot >= 0)
         if WIDTH > 2 * HALF:
             unturned = whole & (dims >= 2 * HALF)
             kept = tl.load(key + dims, mask=unturned, other=0.0)
@@ -140,7 +141,7 @@ def _write_kernel(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(cache_slots + token)
     head, dims = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH_BLOCK)[None, :]
-    mask = (head < count) & (dims < WIDTH)
+    mask = (head < count) & (dims < WIDTH) & (slot >= 0)
     entry = tl.load(entries + token * token_stride + head * head_stride + dims, mask=mask, other=0.0)
     tl.store(cache + (slot * count + head) * WIDTH + dims, entry.to(cache.dtype.element_ty), mask=mask)
 

@@ -69,6 +69,20 @@ class Launcher:
         if key is not None:
             self._compiled[key] = compiled
 
+    def compile(
+        self,
+        types: tuple[torch.dtype, ...],
+        fixed: tuple[int, ...],
+        free: tuple[int | float, ...],
+        constants: tuple[int | bool, ...],
+        warps: int = 4,
+        stages: int = 3,
+        early: bool = False,
+    ) -> None:
+        """Compile into the cache on disk, without a launch, what ``__call__`` runs for aligned tensors of ``types``."""
+        options = {"launch_pdl": True} if early else {}
+        self._kernel.warmup(*types, *fixed, *free, *constants, grid=(1,), num_warps=warps, num_stages=stages, **options)
+
     @staticmethod
     def _run(compiled: Any, device: int, grid: tuple[int, int, int], arguments: tuple[int | float, ...]) -> None:
         if Launcher._direct:

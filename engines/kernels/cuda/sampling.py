@@ -1,8 +1,8 @@
 """Draws of whole batches, each row by its slot's own parameters, spread over the vocabulary.
 
-Three launches: rows that truncate find their lowest admitted logit, every part of the vocabulary finds its winner, and
-one program a row takes the best of them. Nothing of it depends on a row's neighbours, and the token is the one that
-``reference.gumbel_noise`` and exact arithmetic give.
+Rows that truncate first find their lowest admitted logit (``truncation``); then every part of the vocabulary finds its
+winner, and one program a row takes the best of them. Nothing of it depends on a row's neighbours, and the token is the
+one that ``reference.gumbel_noise`` and exact arithmetic give.
 
 The noise is defined in float64, which is slow on many GPUs: a part of the vocabulary is ranked by noise in float32,
 whose error is bounded, and only the few tokens that may win by that bound are computed as defined.
@@ -16,16 +16,15 @@ import triton.language as tl
 
 from engines.kernels import row_parameters
 from engines.kernels.cuda.launch import Launcher
+from engines.kernels.cuda.truncation import Truncates, truncation_floors
 
-SEARCH_BLOCK, SEARCH_WARPS = 8192, 32
 PART = 2048
 """Tokens of the vocabulary that one program draws among."""
 NOISE_BLOCK = 1024
 
 SEED, CHOICE = tl.constexpr(row_parameters.SEED), tl.constexpr(row_parameters.CHOICE)
-PROMPT_LENGTH, TOP_K = tl.constexpr(row_parameters.PROMPT_LENGTH), tl.constexpr(row_parameters.TOP_K)
-TEMPERATURE, TOP_P = tl.constexpr(row_parameters.TEMPERATURE), tl.constexpr(row_parameters.TOP_P)
-MIN_P, FIELDS = tl.constexpr(row_parameters.MIN_P), tl.constexpr(row_parameters.FIELDS)
+PROMPT_LENGTH = tl.constexpr(row_parameters.PROMPT_LENGTH)
+TEMPERATURE, FIELDS = tl.constexpr(row_parameters.TEMPERATURE), tl.constexpr(row_parameters.FIELDS)
 GREEDY_BELOW = tl.constexpr(row_parameters.GREEDY_BELOW)
 NOISE_ERROR = tl.constexpr(1e-4)
 """More than ranking by float32 noise can be wrong by: two logarithms of a few ulp at values under 20."""
@@ -72,14 +71,6 @@ def _near_noise(words):
 
 
 @triton.jit
-def _value(key):
-    """The float of a uint32 key in the order of the floats, from -inf to inf."""
-    number = tl.minimum(tl.maximum(key, 0x007FFFFF), 0xFF800000)
-    bits = tl.where(number >= 0x80000000, number ^ 0x80000000, number ^ 0xFFFFFFFF)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _load(logits, start, vocab, BLOCK: tl.constexpr):
     token = start + tl.arange(0, BLOCK)
     return tl.load(logits + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
@@ -89,88 +80,6 @@ def _load(logits, start, vocab, BLOCK: tl.constexpr):
 def _divided(value, temperature):
     """Rounded as the division of two floats, which Triton's own operator is not."""
     return tl.math.div_rn(value, temperature + tl.zeros_like(value))
-
-
-@triton.jit
-def _weight(logit, best, rate, BY_MASS: tl.constexpr):
-    """What a token counts: its probability beside the best one's, or 1."""
-    return tl.exp((logit - best) * rate) if BY_MASS else tl.full(logit.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def _threshold(logits, vocab, rate, best, floor, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest logit at or above which there are ``wanted`` tokens (or that share of the mass) of all those at or
-    above ``floor``; -inf where all of them are not enough. ``rate`` is one over the temperature.
-
-    It is found two bits of a float at a time, by the sums over all that is at or above each of three bounds.
-    """
-    target = wanted
-    if BY_MASS:
-        sums = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            logit = _load(logits, start, vocab, BLOCK)
-            sums += tl.where(logit >= floor, _weight(logit, best, rate, BY_MASS), 0.0)
-        target = wanted * tl.sum(sums, 0)
-    found = tl.zeros((), tl.uint32)
-    unit = tl.full((), 1 << 30, tl.uint32)
-    for _ in range(16):
-        low = tl.maximum(_value(found + unit), floor)
-        middle = tl.maximum(_value(found + 2 * unit), floor)
-        high = tl.maximum(_value(found + 3 * unit), floor)
-        above_low = tl.zeros((BLOCK,), tl.float32)
-        above_middle = tl.zeros((BLOCK,), tl.float32)
-        above_high = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            logit = _load(logits, start, vocab, BLOCK)
-            weight = _weight(logit, best, rate, BY_MASS)
-            above_low += tl.where(logit >= low, weight, 0.0)
-            above_middle += tl.where(logit >= middle, weight, 0.0)
-            above_high += tl.where(logit >= high, weight, 0.0)
-        # The sums fall from one bound to the next, so as many bounds are low enough as have enough above them.
-        found += unit * (tl.sum(above_low, 0) >= target).to(tl.uint32)
-        found += unit * (tl.sum(above_middle, 0) >= target).to(tl.uint32)
-        found += unit * (tl.sum(above_high, 0) >= target).to(tl.uint32)
-        unit = unit >> 2
-    return _value(found)
-
-
-@triton.jit
-def _floor_kernel(
-    logits,
-    floors,
-    slots,
-    places,
-    parameters,
-    stride,
-    vocab,
-    BLOCK: tl.constexpr,
-):
-    """Grid (rows,): the lowest logit over temperature that a row admits, -inf where it admits all."""
-    row = tl.program_id(0)
-    if tl.load(places + row) == 0:
-        return
-    logits += row.to(tl.int64) * stride
-    line = parameters + tl.load(slots + row).to(tl.int64) * FIELDS
-    top_k, temperature = tl.load(line + TOP_K), _float(tl.load(line + TEMPERATURE))
-    top_p, min_p = _float(tl.load(line + TOP_P)), _float(tl.load(line + MIN_P))
-    floor = tl.full((), float("-inf"), tl.float32)
-    if (temperature >= GREEDY_BELOW) & ((top_p < 1.0) | (min_p > 0.0) | (top_k > 0)):
-        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            highest = tl.maximum(highest, _load(logits, start, vocab, BLOCK))
-        best, rate = tl.max(highest, 0), 1.0 / temperature
-        if min_p > 0.0:
-            floor = _divided(best, temperature) + tl.log(min_p.to(tl.float64)).to(tl.float32)
-        # Thresholds are found among the logits and compared once divided, so that what is equal then stays together.
-        least = floor * temperature
-        if top_k > 0:
-            kept = _threshold(logits, vocab, rate, best, least, top_k.to(tl.float32), False, BLOCK)
-            least = tl.maximum(least, kept)
-            floor = tl.maximum(floor, _divided(kept, temperature))
-        if top_p < 1.0:
-            kept = _threshold(logits, vocab, rate, best, least, top_p, True, BLOCK)
-            floor = tl.maximum(floor, _divided(kept, temperature))
-    tl.store(floors + row, floor)
 
 
 @triton.jit
@@ -184,6 +93,7 @@ def _part_kernel(
     part_tokens,
     stride,
     vocab,
+    TRUNCATED: tl.constexpr,
     PART: tl.constexpr,
 ):
     """Grid (parts, rows): score and token of the winner among PART tokens; the lowest token wins a tie."""
@@ -201,7 +111,9 @@ def _part_kernel(
         winner = tl.min(tl.where((value == best) & (token < vocab), token, 2147483647), 0)
     else:
         scaled = _divided(value, temperature)
-        admitted = (scaled >= tl.load(floors + row)) & (scaled > float("-inf"))
+        admitted = scaled > float("-inf")
+        if TRUNCATED:
+            admitted = admitted & (scaled >= tl.load(floors + row))
         position = place - tl.load(line + PROMPT_LENGTH)
         seed_low, seed_high, choice = tl.load(line + SEED), tl.load(line + SEED + 1), tl.load(line + CHOICE)
         words = _words(start, seed_low, seed_high, choice, position, PART)
@@ -256,7 +168,6 @@ def _noise_kernel(seeds, choices, positions, noise, vocab, BLOCK: tl.constexpr):
     tl.store(noise + row.to(tl.int64) * vocab + token, _exact_noise(words), mask=token < vocab)
 
 
-_find_floors = Launcher(_floor_kernel)
 _draw_parts = Launcher(_part_kernel)
 _take_best = Launcher(_take_kernel)
 _make_noise = Launcher(_noise_kernel)
@@ -269,31 +180,25 @@ def draw_rows(
     parameters: torch.Tensor,
     tokens: torch.Tensor,
     drawn: torch.Tensor,
+    truncates: Truncates,
 ) -> None:
     """Draw one token for each row of (S, V) logits into ``drawn`` (S,) int64 and into its sequence.
 
     Row r has the parameters of slot ``slots[r]``, a line of (slots, FIELDS) int32, and its token goes to
     ``tokens[slots[r], places[r]]``. ``slots`` and ``places`` are (S,) int32; a row with place 0 draws nothing.
+    ``truncates`` says what any of the rows asks for.
     """
     rows, vocab = logits.shape
     parts = -(-vocab // PART)
-    floors = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    floors = truncation_floors(logits, slots, places, parameters, truncates) if truncates.any else logits
     scores = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)
     winners = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
-    _find_floors(
-        (rows, 1, 1),
-        (logits, floors, slots, places, parameters),
-        fixed=(logits.stride(0), vocab),
-        free=(),
-        constants=(SEARCH_BLOCK,),
-        warps=SEARCH_WARPS,
-    )
     _draw_parts(
         (parts, rows, 1),
         (logits, floors, slots, places, parameters, scores, winners),
         fixed=(logits.stride(0), vocab),
         free=(),
-        constants=(PART,),
+        constants=(truncates.any, PART),
         warps=8,
     )
     _take_best(

@@ -19,12 +19,12 @@ from engines.quant.base import Split
 from tests.paged_rows import PagedRows
 from tests.unit.models.checkpoints import (
     CPU,
+    DEEPSEEK_V2,
     DEEPSEEK_V3,
     FAMILIES,
     LLAMA,
     QWEN2,
     load,
-    record,
     write_checkpoint,
     write_config,
 )
@@ -99,9 +99,11 @@ class _WholeSource(FileSource):
         placement = Placement(device=CPU, dtype=torch.float32, rank=rank, world=world)
         super().__init__(placement, SafetensorsReader(files), lambda progress: None, total=1)
         self.taken: dict[str, torch.Tensor] = {}
+        self.splits: dict[str, Split] = {}
 
     def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
         self.taken[name] = super().take(name, shape, split, dtype)
+        self.splits[name] = split
         return self.taken[name]
 
 
@@ -110,14 +112,14 @@ def test_two_ranks_hold_the_whole(family: str, tmp_path: Path) -> None:
     """Concatenated along the split axis, or taken from the one rank that has it, the parts are the checkpoint."""
     config = FAMILIES[family]
     tensors = write_checkpoint(tmp_path, config)
-    splits = record(tmp_path, config).splits
     manifest = read_manifest(tmp_path)
-    ranks = []
+    ranks, splits = [], {}
     for rank in range(2):
         source = _WholeSource(manifest.files, rank, world=2)
         build_model(parse_config(manifest), source, positions=1)
         source.finish(lambda name: False)
         ranks.append(source.taken)
+        splits.update(source.splits)
     assert any(split == "in" for split in splits.values())
     for name, whole in tensors.items():
         parts = [taken[name] for taken in ranks if name in taken]
@@ -141,7 +143,7 @@ def test_ranks_add_up(config: dict[str, Any], tmp_path: Path) -> None:
         batch = rows.batch({0: PROMPT})
         layer = model.layers[0]
         attended.append(layer.attention(x, layer.attention_norm, batch, rows.caches[0]) - x)
-        mixed.append(layer.feed_forward(x, layer.feed_forward_norm) - x)
+        mixed.append(layer.feed_forward(x, layer.feed_forward_norm, batch) - x)
     for whole, first, second in (attended, mixed):
         torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-5)
 
@@ -187,6 +189,17 @@ def test_random_weights_stay_finite_and_follow_the_seed(family: str, dtype: torc
     assert 0.01 < first.std() < 10
     assert torch.equal(first, logits(1))
     assert not torch.equal(first, logits(2))
+
+
+def test_uniform_routing_is_for_random_weights_only(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, DEEPSEEK_V2)
+    manifest = read_manifest(tmp_path)
+    with pytest.raises(EngineLoadError, match="random weights only"):
+        load(manifest, uniform_routing=True)
+    routed, drawn = (load(manifest, random_weights=1, uniform_routing=uniform) for uniform in (False, True))
+    results = [PagedRows(model, 1, 8).step({0: PROMPT})[0] for model in (routed, drawn, drawn)]
+    assert torch.equal(results[1], results[2])
+    assert not torch.equal(results[0], results[1])
 
 
 def test_16_bit_weights_are_close_to_float32(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from engines.kernels import PLAIN
 from engines.models.weights import Placement, RandomSource
 from engines.quant.base import LinearLayout, LinearPart
-from engines.quant.dense import DenseMethod, GroupedWeights
+from engines.quant.dense import DenseMethod
 
 ROWS, WIDTH = 11, 24
 SOURCE = RandomSource(Placement(device=torch.device("cpu"), dtype=torch.float32), seed=1)
@@ -28,16 +28,3 @@ def test_stacked_parts_come_out_side_by_side() -> None:
         for part in parts
     ]
     torch.testing.assert_close(result, torch.cat(expected, dim=1))
-
-
-def test_each_row_goes_through_its_layer() -> None:
-    names = ("a", "b", "c", "d")
-    layouts = [LinearLayout((LinearPart(name, 16),), WIDTH, "none") for name in names]
-    raw = [METHOD.create_weights(layout, SOURCE) for layout in layouts]
-    ends = torch.tensor([3, 3, 10, 11], dtype=torch.int32)
-    layer_of_row = [0] * 3 + [2] * 7 + [3]
-    expected = torch.stack([raw[layer].weight @ row for layer, row in zip(layer_of_row, x(), strict=True)])
-    torch.testing.assert_close(METHOD.apply_group(METHOD.finish_group(raw), x(), ends), expected)
-    stacked = torch.stack([layer.weight for layer in raw]).transpose(1, 2)
-    on_a_gpu = METHOD.apply_group(GroupedWeights((), stacked), x(), ends)
-    torch.testing.assert_close(on_a_gpu, expected)

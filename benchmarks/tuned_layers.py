@@ -1,0 +1,146 @@
+"""The linear layers whose kernels are tuned, and timing them on weights that no cache holds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engines.kernels.cuda.tuning import MOST_ROWS, SkinnyShape
+from engines.kernels.elementwise import rms_norm, silu_mul
+
+ROTATED_BYTES = 512 << 20
+"""At least so many bytes of distinct weights are read before one is read again."""
+DTYPE = torch.bfloat16
+EPS = 1e-6
+REPLAYS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    model: str
+    name: str
+    shape: SkinnyShape
+    count: int
+    """Such layers in the model."""
+    bias: bool = False
+    residual: bool = False
+    output_dtype: torch.dtype = DTYPE
+
+    @property
+    def weight_bytes(self) -> int:
+        return 2 * self.shape.lines * self.shape.depth
+
+
+def _dense(model: str, hidden: int, intermediate: int, queries: int, qkv: int, layers: int, vocab: int) -> list[Layer]:
+    return [
+        Layer(model, "qkv", SkinnyShape(qkv, hidden, False, True), layers, bias=True),
+        Layer(model, "o", SkinnyShape(hidden, queries, False, False), layers, residual=True),
+        Layer(model, "gate_up", SkinnyShape(2 * intermediate, hidden, True, True), layers),
+        Layer(model, "down", SkinnyShape(hidden, intermediate, False, False), layers, residual=True),
+        Layer(model, "head", SkinnyShape(vocab, hidden, False, True), 1, output_dtype=torch.float32),
+    ]
+
+
+LAYERS = [
+    *_dense("r1-1.5b", 1536, 8960, 1536, 2048, 28, 151936),
+    *_dense("r1-7b", 3584, 18944, 3584, 4608, 28, 152064),
+    Layer("v2-lite", "q_latents", SkinnyShape(3648, 2048, False, True), 27),
+    Layer("v2-lite", "o", SkinnyShape(2048, 2048, False, False), 27, residual=True),
+    Layer("v2-lite", "shared_gate_up", SkinnyShape(5632, 2048, True, True), 26),
+    Layer("v2-lite", "shared_down", SkinnyShape(2048, 2816, False, False), 26, residual=True),
+    Layer("v2-lite", "gate_up", SkinnyShape(21888, 2048, True, True), 1),
+    Layer("v2-lite", "down", SkinnyShape(2048, 10944, False, False), 1, residual=True),
+    Layer("v2-lite", "head", SkinnyShape(102400, 2048, False, True), 1, output_dtype=torch.float32),
+]
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Fresh random tensors of a layer, as many weights as the rotation needs."""
+
+    layer: Layer
+    weights: list[torch.Tensor]
+    x: torch.Tensor
+    """(MOST_ROWS, depth); smaller steps take its first rows."""
+    gain: torch.Tensor
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+
+    @classmethod
+    def draw(cls, layer: Layer, pool: torch.Tensor) -> Inputs:
+        """``pool`` holds random numbers; the weights are parts of it."""
+        shape, device = layer.shape, pool.device
+        size = shape.lines * shape.depth
+        copies = max(1, min(pool.numel() // size, -(-ROTATED_BYTES // layer.weight_bytes)))
+        width = shape.lines // 2 if shape.gated else shape.lines
+
+        def random(*sizes: int) -> torch.Tensor:
+            return torch.randn(*sizes, device=device, dtype=DTYPE)
+
+        return cls(
+            layer,
+            [pool[copy * size : (copy + 1) * size].view(shape.lines, shape.depth) for copy in range(copies)],
+            random(MOST_ROWS, shape.depth),
+            random(shape.depth),
+            random(shape.lines) if layer.bias else None,
+            random(MOST_ROWS, width) if layer.residual else None,
+        )
+
+    def composed(self, weight: torch.Tensor, rows: int) -> torch.Tensor:
+        """The layer out of cuBLAS's product and kernels around it."""
+        x = self.x[:rows]
+        if self.layer.shape.norm:
+            x = rms_norm(x, self.gain, EPS)
+        turned = weight.t()
+        if self.residual is not None:
+            return torch.addmm(self.residual[:rows], x, turned)
+        output = x.mm(turned) if self.bias is None else torch.addmm(self.bias, x, turned)
+        if self.layer.shape.gated:
+            output = silu_mul(output)
+        return output.to(self.layer.output_dtype)
+
+    def expected(self, rows: int) -> torch.Tensor:
+        """The layer with the first weight, in float32."""
+        x = self.x[:rows].float()
+        if self.layer.shape.norm:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.gain.float()
+        output = x @ self.weights[0].float().t()
+        if self.bias is not None:
+            output = output + self.bias.float()
+        if self.layer.shape.gated:
+            gate, up = output.chunk(2, -1)
+            output = torch.nn.functional.silu(gate) * up
+        return output if self.residual is None else output + self.residual[:rows].float()
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+def microseconds(run: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> float:
+    """Of one ``run``, inside a CUDA graph that takes the weights in turn; the median of some replays."""
+    stream = _stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        run(weights[0])
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        launches = max(len(weights), 8)
+        with torch.cuda.graph(graph, stream=stream):
+            for index in range(launches):
+                run(weights[index % len(weights)])
+        graph.replay()
+        times = []
+        for _ in range(REPLAYS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(float(begin.elapsed_time(end)))
+    return 1000 * sorted(times)[REPLAYS // 2] / launches

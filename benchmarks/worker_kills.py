@@ -1,0 +1,182 @@
+"""Kill or stop the worker under many streams, again and again: is a stream lost or changed, and how long is the pause?
+
+    python -m benchmarks.worker_kills
+    python -m benchmarks.worker_kills --signal STOP --rounds 3
+
+Each round asks the same, and kills the worker at a random time while every stream runs. The first round kills nobody:
+its texts are what the others must give byte for byte (fp32 on the CPU, temperatures 0 to 1, fixed seeds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+from benchmarks import report
+from benchmarks.servers import free_port, running, slimserve
+
+WORDS = ("river", "stone", "light", "engine", "paper", "seven", "cloud", "garden", "winter", "music", "table", "clock")
+PAUSE_BAR = 10.0
+"""Seconds after a kill in which the first stream must move again."""
+STEP_TIMEOUT = 5
+
+
+@dataclass(slots=True)
+class Answer:
+    text: str = ""
+    done: bool = False
+    error: str = ""
+    times: list[float] = field(default_factory=list)
+    news: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def reaches(self, events: int) -> None:
+        """Until so many events have come, or the end."""
+        async with self.news:
+            await self.news.wait_for(lambda: len(self.times) >= events or self.done or bool(self.error))
+
+    async def tell(self) -> None:
+        async with self.news:
+            self.news.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    answers: list[Answer]
+    killed_at: float
+    """Monotonic seconds; 0 where nobody was killed."""
+
+    def pauses(self) -> list[float]:
+        """Of each stream that was open at the kill, seconds from it to the stream's next event."""
+        after = [[at for at in answer.times if at > self.killed_at] for answer in self.answers]
+        return [times[0] - self.killed_at for times in after if times]
+
+
+def ask(index: int, tokens: int) -> dict[str, object]:
+    randomness = random.Random(index)
+    return {
+        "model": "smollm2-135m",
+        "prompt": f"Write about {' '.join(randomness.choices(WORDS, k=30))}:",
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "seed": index,
+        "temperature": randomness.choice([0.0, 0.7, 1.0]),
+        "stream": True,
+    }
+
+
+async def run_stream(client: httpx.AsyncClient, body: dict[str, object], answer: Answer) -> None:
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                answer.error = (await response.aread()).decode()
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    answer.done = True
+                elif line.startswith("data: "):
+                    event = json.loads(line.removeprefix("data: "))
+                    answer.error = answer.error or str(event.get("error", ""))
+                    answer.text += event["choices"][0]["text"] if "choices" in event else ""
+                    answer.times.append(time.monotonic())
+                await answer.tell()
+    except httpx.HTTPError as error:
+        answer.error = repr(error)
+    await answer.tell()
+
+
+def worker_of(server: psutil.Process) -> psutil.Process:
+    return next(child for child in server.children() if "server.worker.main" in child.cmdline())
+
+
+async def run_round(url: str, server: psutil.Process, streams: int, tokens: int, kill: signal.Signals | None) -> Round:
+    """``kill`` is sent once every stream has a token and has not ended."""
+    answers = [Answer() for _ in range(streams)]
+    limits = httpx.Limits(max_connections=streams)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        tasks = [
+            asyncio.create_task(run_stream(client, ask(index, tokens), each)) for index, each in enumerate(answers)
+        ]
+        killed_at = 0.0
+        if kill is not None:
+            # Events, not seconds: however busy the machine is, the kill falls into the middle of all streams.
+            wanted = random.randrange(1, max(2, tokens // 2))
+            await asyncio.gather(*(answer.reaches(wanted) for answer in answers))
+            killed_at = time.monotonic()
+            worker_of(server).send_signal(kill)
+        await asyncio.gather(*tasks)
+    return Round(answers, killed_at)
+
+
+def faults(reference: Round, disturbed: Round) -> dict[str, int]:
+    pairs = list(zip(reference.answers, disturbed.answers, strict=True))
+    return {
+        "lost": sum(not answer.done or bool(answer.error) for _, answer in pairs),
+        "changed": sum(answer.done and answer.text != expected.text for expected, answer in pairs),
+    }
+
+
+def run(arguments: argparse.Namespace) -> dict[str, object]:
+    port = free_port()
+    command = slimserve("serve", "--port", str(port), "--device", "cpu", "--dtype", "float32")
+    log = Path(tempfile.mkdtemp()) / "server.log"
+    kill = signal.Signals[f"SIG{arguments.signal}"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLIMSERVE_")}
+    if kill == signal.SIGSTOP:
+        environment["SLIMSERVE_STEP_TIMEOUT"] = str(STEP_TIMEOUT)
+    totals = {"lost": 0, "changed": 0}
+    first: list[float] = []
+    last: list[float] = []
+    with running("slimserve", command, port, "/health/ready", env=environment, log=log) as server:
+        process = psutil.Process(server.process.pid)
+        reference = asyncio.run(run_round(server.url, process, arguments.streams, arguments.tokens, None))
+        if not all(answer.done for answer in reference.answers):
+            raise SystemExit(f"the undisturbed round failed: {reference.answers[0].error}")
+        for number in range(1, arguments.rounds + 1):
+            disturbed = asyncio.run(run_round(server.url, process, arguments.streams, arguments.tokens, kill))
+            found = faults(reference, disturbed)
+            totals = {key: totals[key] + count for key, count in found.items()}
+            pauses = disturbed.pauses()
+            first.append(min(pauses))
+            last.append(max(pauses))
+            print(f"round {number:2}: {found}; first stream moves after {first[-1]:.2f} s, last {last[-1]:.2f} s")
+    return totals | {
+        "rounds": arguments.rounds,
+        "streams": arguments.streams,
+        "tokens": arguments.tokens,
+        "signal": kill.name,
+        "first_moves_seconds": {"median": statistics.median(first), "max": max(first)},
+        "last_moves_seconds": {"median": statistics.median(last), "max": max(last)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
+    parser.add_argument("--output")
+    arguments = parser.parse_args()
+    facts = report.print_header("Killed workers")
+    result = run(arguments)
+    print(json.dumps(result, indent=1))
+    if arguments.output:
+        print(report.write(arguments.output, {"machine": facts, "result": result}))
+    late = arguments.signal == "KILL" and max(result["first_moves_seconds"].values()) > PAUSE_BAR  # type: ignore[attr-defined]
+    if result["lost"] or result["changed"] or late:
+        raise SystemExit("the bar is missed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Pairs of tokens and experts in the order of the experts, for steps of many tokens: a counting sort in two launches.
+
+Inside an expert pairs keep the order of their tokens, so the result is the same in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engines.kernels.cuda.experts import Grouping
+from engines.kernels.cuda.launch import Launcher
+
+TILE_TOKENS = 64
+
+
+@triton.jit
+def _takes(experts, token, tokens, C: tl.constexpr, EXPERTS_BLOCK: tl.constexpr):
+    """(tokens, EXPERTS_BLOCK) int32: 1 where the token takes the expert."""
+    expert = tl.arange(0, EXPERTS_BLOCK)[None, :]
+    takes = tl.zeros((token.shape[0], EXPERTS_BLOCK), tl.int32)
+    for column in tl.static_range(C):
+        number = tl.load(experts + token * C + column, mask=token < tokens, other=-1)
+        takes += (number[:, None] == expert).to(tl.int32)
+    return takes
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _count_kernel(experts, tile_counts, tokens, C: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, TILE_T: tl.constexpr):
+    """Grid (tiles of tokens,)."""
+    tile = tl.program_id(0)
+    takes = _takes(experts, tile * TILE_T + tl.arange(0, TILE_T), tokens, C, EXPERTS_BLOCK)
+    tl.store(tile_counts + tile * EXPERTS_BLOCK + tl.arange(0, EXPERTS_BLOCK), tl.sum(takes, 0))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _place_kernel(
+    experts,
+    tile_counts,
+    counts,
+    pairs,
+    tokens,
+    C: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILES_BLOCK: tl.constexpr,
+):
+    """Grid (tiles of tokens,)."""
+    own = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS_BLOCK)
+    tiles = tl.cdiv(tokens, TILE_T)
+    total = tl.zeros((EXPERTS_BLOCK,), tl.int32)
+    before = tl.zeros((EXPERTS_BLOCK,), tl.int32)
+    for first in range(0, tiles, TILES_BLOCK):
+        tile = first + tl.arange(0, TILES_BLOCK)
+        found = tl.load(
+            tile_counts + tile[:, None] * EXPERTS_BLOCK + expert[None, :], mask=(tile < tiles)[:, None], other=0
+        )
+        total += tl.sum(found, 0)
+        before += tl.sum(tl.where((tile < own)[:, None], found, 0), 0)
+    if own == 0:
+        tl.store(counts + expert, total, mask=expert < EXPERTS)
+    starts = tl.cumsum(total, 0) - total + before
+    token = own * TILE_T + tl.arange(0, TILE_T)
+    takes = _takes(experts, token, tokens, C, EXPERTS_BLOCK)
+    places = tl.cumsum(takes, 0) - takes + starts[None, :]
+    for column in tl.static_range(C):
+        number = tl.load(experts + token * C + column, mask=token < tokens, other=-1)
+        place = tl.sum(tl.where(number[:, None] == expert[None, :], places, 0), 1)
+        tl.store(pairs + place, token * C + column, mask=number >= 0)
+
+
+_count = Launcher(_count_kernel)
+_place = Launcher(_place_kernel)
+
+
+def group_pairs(experts: torch.Tensor, number: int) -> Grouping:
+    """(T, C) int32 choice among ``number`` experts, -1 none -> the pairs by expert."""
+    tokens, columns = experts.shape
+    block = max(16, triton.next_power_of_2(number))
+    tiles = triton.cdiv(tokens, TILE_TOKENS)
+    tile_counts = torch.empty((tiles, block), dtype=torch.int32, device=experts.device)
+    counts = torch.empty(number, dtype=torch.int32, device=experts.device)
+    pairs = torch.empty(tokens * columns, dtype=torch.int32, device=experts.device)
+    _count((tiles, 1, 1), (experts, tile_counts), (), (tokens,), (columns, block, TILE_TOKENS))
+    _place(
+        (tiles, 1, 1),
+        (experts, tile_counts, counts, pairs),
+        (),
+        (tokens,),
+        (columns, number, block, TILE_TOKENS, 32),
+    )
+    return Grouping(counts, pairs)

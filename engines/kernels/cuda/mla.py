@@ -1,0 +1,193 @@
+"""Multi-head latent attention of decodes in the absorbed form: three launches between two linear layers.
+
+``prepare`` brings the queries into the latent space and writes the step's latents, normed and turned, into the
+cache. ``attend`` cuts each row's keys into parts for programs of their own; all heads share a tile of them, which
+serves as keys and, but for its rope columns, as values. ``expand`` joins the parts and multiplies with the values'
+weights. What a part or a tile is depends on the row's own length and on how many rows the step may have.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from engines.kernels.cuda.device import starts_early
+from engines.kernels.cuda.launch import Launcher
+from engines.kernels.cuda.mla_kernels import attend_kernel, expand_kernel, expand_one_kernel, prepare_kernel
+from engines.kernels.cuda.mla_prefill import LOG2_E, attend_prompts
+from engines.kernels.reference import AttentionBatch
+
+if TYPE_CHECKING:
+    from engines.kernels.latent_attention import LatentQueries
+
+PROGRAMS = 132
+"""So many attend at once: the multiprocessors of a Hopper GPU, each of which holds one."""
+MAX_SPLITS = 32
+ATTEND_WARPS = 8
+TILE_KEYS = 64
+WIDEST_HEAD = 256
+FEW_TOKENS = 4
+"""Up to so many tokens are expanded one by one."""
+
+_prepare = Launcher(prepare_kernel)
+_attend = Launcher(attend_kernel)
+_expand_one = Launcher(expand_one_kernel)
+_expand = Launcher(expand_kernel)
+_block = triton.next_power_of_2
+
+
+def fits(shape: LatentQueries) -> bool:
+    """Whether the kernels take these widths."""
+    return shape.rank in (64, 128, 256, 512) and shape.rope in (16, 32, 64, 128) and shape.up.nope <= WIDEST_HEAD
+
+
+def attend_latents(
+    queries: torch.Tensor, latents: torch.Tensor, shape: LatentQueries, cache: torch.Tensor, batch: AttentionBatch
+) -> torch.Tensor:
+    """``kernels.latent_attention`` of rows that have one query each. Padding rows' lines are not written."""
+    early, rows = starts_early(queries.device), batch.context_lengths.shape[0]
+    absorbed = prepare(queries, latents, shape, cache, batch, rows, early)
+    output = torch.empty((queries.shape[0], shape.up.heads, shape.up.value), dtype=queries.dtype, device=queries.device)
+    attend_decodes(absorbed, shape, cache, batch, rows, output, early)
+    return output.view(queries.shape[0], -1)
+
+
+def attend_mixed(
+    queries: torch.Tensor,
+    latents: torch.Tensor,
+    shape: LatentQueries,
+    cache: torch.Tensor,
+    batch: AttentionBatch,
+    decodes: int,
+    blocks: int,
+) -> torch.Tensor:
+    """The same where only the first ``decodes`` rows have one query; the others take ``blocks`` cache blocks.
+
+    Queries are turned in place.
+    """
+    absorbed = prepare(queries, latents, shape, cache, batch, decodes, early=False)
+    output = torch.empty((queries.shape[0], shape.up.heads, shape.up.value), dtype=queries.dtype, device=queries.device)
+    if decodes:
+        attend_decodes(absorbed, shape, cache, batch, decodes, output, early=False)
+    attend_prompts(queries, shape, cache, batch, decodes, blocks, output)
+    return output.view(queries.shape[0], -1)
+
+
+def prepare(
+    queries: torch.Tensor,
+    latents: torch.Tensor,
+    shape: LatentQueries,
+    cache: torch.Tensor,
+    batch: AttentionBatch,
+    decodes: int,
+    early: bool,
+) -> torch.Tensor:
+    """(T, heads, nope + rope) raw queries -> (decodes, heads, rank + rope): the first tokens' absorbed and turned ones.
+
+    The queries of the others are turned in place. ``latents`` is (T, rank + rope), raw too; they go normed and turned
+    into ``cache``, (blocks, block_size, rank + rope).
+    """
+    (tokens, heads, _), up = queries.shape, shape.up
+    assert up.stacked is not None
+    rank, half = shape.rank, shape.rope // 2
+    absorbed = torch.empty((decodes, heads, rank + 2 * half), dtype=queries.dtype, device=queries.device)
+    tile_t = 16 if decodes <= 16 else 32 if decodes <= 64 else 64
+    tile_c = 64 if decodes <= 64 else 128
+    programs = tokens + heads * triton.cdiv(rank, tile_c) * triton.cdiv(decodes, tile_t)
+    _prepare(
+        (programs, 1, 1),
+        (
+            queries,
+            latents,
+            up.stacked,
+            shape.latent_gain,
+            batch.positions,
+            shape.cos_sin,
+            batch.cache_slots,
+            cache,
+            absorbed,
+        ),
+        fixed=(queries.stride(0), latents.stride(0)),
+        free=(tokens, decodes, shape.latent_eps),
+        constants=(
+            heads,
+            _block(heads),
+            up.nope,
+            max(16, _block(up.nope)),
+            up.value,
+            rank,
+            _block(rank),
+            half,
+            _block(half),
+            shape.interleaved,
+            tile_t,
+            tile_c,
+            early,
+        ),
+        early=early,
+    )
+    return absorbed
+
+
+def splits_for(rows: int, longest_context: int) -> int:
+    """Parts of a row's keys: as many programs as run at once, none for less than a tile."""
+    return max(1, min(MAX_SPLITS, PROGRAMS // rows, -(-longest_context // TILE_KEYS)))
+
+
+def attend_decodes(
+    absorbed: torch.Tensor,
+    shape: LatentQueries,
+    cache: torch.Tensor,
+    batch: AttentionBatch,
+    rows: int,
+    output: torch.Tensor,
+    early: bool,
+) -> None:
+    """Attention of the first ``rows`` rows, where they have one query: their lines of ``output``, (T, heads, value)."""
+    heads = absorbed.shape[1]
+    rank, nope, value = shape.rank, shape.up.nope, shape.up.value
+    assert shape.up.stacked is not None
+    splits = splits_for(rows, batch.longest_context)
+    partials = torch.empty((rows, splits, heads, rank), dtype=torch.float32, device=absorbed.device)
+    logs = torch.empty((rows, splits, heads), dtype=torch.float32, device=absorbed.device)
+    table_rows = batch.context_lengths if batch.table_rows is None else batch.table_rows
+    _attend(
+        (splits, rows, triton.cdiv(heads, 16)),
+        (
+            absorbed,
+            cache,
+            partials,
+            logs,
+            batch.query_starts,
+            batch.context_lengths,
+            batch.block_tables,
+            table_rows,
+        ),
+        fixed=(),
+        free=(splits, batch.block_tables.stride(0), shape.scale * LOG2_E),
+        constants=(
+            heads,
+            16,
+            rank,
+            _block(rank),
+            shape.rope,
+            max(16, _block(shape.rope)),
+            cache.shape[1],
+            TILE_KEYS,
+            batch.table_rows is not None,
+            early,
+        ),
+        warps=ATTEND_WARPS,
+        stages=2,
+        early=early,
+    )
+    sizes = (heads, nope, value, rank, _block(rank), _block(splits))
+    tensors = (partials, logs, shape.up.stacked, batch.context_lengths, batch.query_starts, output)
+    if rows <= FEW_TOKENS:
+        grid = (triton.cdiv(value, 32), heads, rows)
+        _expand_one(grid, tensors, (), (splits,), (*sizes, 32, TILE_KEYS, early), early=early)
+        return
+    grid = (triton.cdiv(value, 64), heads, triton.cdiv(rows, 16))
+    _expand(grid, tensors, (), (splits, rows), (*sizes, 64, TILE_KEYS, 16, 3, early), warps=8, early=early)

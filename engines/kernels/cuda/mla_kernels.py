@@ -1,0 +1,300 @@
+"""The kernels of decodes of latent attention; ``mla`` launches them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
+
+
+@triton.jit
+def _turn(source, target, cos, sin, mask, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr):
+    """Turn the pairs of each row at ``source`` into ``target``; both are (rows, 1) pointers to a row's start."""
+    pair = tl.arange(0, HALF_BLOCK)[None, :]
+    place = 2 * pair if INTERLEAVED else pair
+    distance: tl.constexpr = 1 if INTERLEAVED else HALF
+    left = tl.load(source + place, mask=mask, other=0.0).to(tl.float32)
+    right = tl.load(source + place + distance, mask=mask, other=0.0).to(tl.float32)
+    # Rounded as the queries' and latents' own type first: the cache may have another one.
+    kind = source.dtype.element_ty
+    first, second = (left * cos - right * sin).to(kind), (right * cos + left * sin).to(kind)
+    tl.store(target + place, first.to(target.dtype.element_ty), mask=mask)
+    tl.store(target + place + distance, second.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "decodes"])
+def prepare_kernel(
+    queries,
+    latents,
+    up,
+    gain,
+    positions,
+    cos_sin,
+    cache_slots,
+    cache,
+    absorbed,
+    query_stride,
+    latent_stride,
+    tokens,
+    decodes,
+    eps,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    NOPE: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr,
+    VALUE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_C: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Grid (tokens + heads * parts of the rank * tiles of decodes,): a latent, or a tile of one head's queries.
+
+    Only the first ``decodes`` tokens are absorbed; the queries of the others are turned in place.
+    """
+    pair = tl.arange(0, HALF_BLOCK)
+    is_pair = pair < HALF
+    if tl.program_id(0) < tokens:
+        if EARLY:
+            tl_cuda.gdc_launch_dependents()
+            tl_cuda.gdc_wait()
+        token = tl.program_id(0).to(tl.int64)
+        slot = tl.load(cache_slots + token)
+        if slot < 0:
+            return
+        dims = tl.arange(0, RANK_BLOCK)
+        source = latents + token * latent_stride
+        target = cache + slot * (RANK + 2 * HALF)
+        x = tl.load(source + dims, mask=dims < RANK, other=0.0).to(tl.float32)
+        factor = tl.load(gain + dims, mask=dims < RANK, other=0.0).to(tl.float32)
+        normed = (x * tl.rsqrt(tl.sum(x * x, 0) / RANK + eps) * factor).to(latents.dtype.element_ty)
+        tl.store(target + dims, normed.to(cache.dtype.element_ty), mask=dims < RANK)
+        angles = cos_sin + tl.load(positions + token) * (2 * HALF) + pair
+        cos = tl.load(angles, mask=is_pair, other=0.0)[None, :]
+        sin = tl.load(angles + HALF, mask=is_pair, other=0.0)[None, :]
+        row = tl.zeros((1, 1), tl.int64)
+        _turn(source + RANK + row, target + RANK + row, cos, sin, is_pair[None, :], INTERLEAVED, HALF, HALF_BLOCK)
+        if token >= decodes:
+            head = tl.arange(0, HEADS_BLOCK)[:, None]
+            own = queries + token * query_stride + head * (NOPE + 2 * HALF) + NOPE
+            _turn(own, own, cos, sin, (head < HEADS) & is_pair[None, :], INTERLEAVED, HALF, HALF_BLOCK)
+        return
+    parts: tl.constexpr = (RANK + TILE_C - 1) // TILE_C
+    item = tl.program_id(0) - tokens
+    part, head, tile = item % parts, item // parts % HEADS, item // (parts * HEADS)
+    column = part * TILE_C + tl.arange(0, TILE_C)
+    is_column = (column < RANK)[None, :]
+    depth = tl.arange(0, NOPE_BLOCK)
+    weights = up + head * ((NOPE + VALUE) * RANK) + depth[:, None] * RANK + column[None, :]
+    weight = tl.load(weights, mask=(depth < NOPE)[:, None] & is_column, other=0.0)
+    if EARLY:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+    token = tile * TILE_T + tl.arange(0, TILE_T)
+    present = (token < decodes)[:, None]
+    wide_token = token.to(tl.int64)[:, None]
+    query = queries + wide_token * query_stride + head * (NOPE + 2 * HALF)
+    q = tl.load(query + depth[None, :], mask=present & (depth < NOPE)[None, :], other=0.0)
+    target = absorbed + (wide_token * HEADS + head) * (RANK + 2 * HALF)
+    result = tl.dot(q, weight, input_precision="ieee")
+    tl.store(target + column[None, :], result.to(absorbed.dtype.element_ty), mask=present & is_column)
+    if part == 0:
+        position = tl.load(positions + token, mask=token < decodes, other=0)
+        angles = cos_sin + position[:, None] * (2 * HALF) + pair[None, :]
+        mask = present & is_pair[None, :]
+        cos, sin = tl.load(angles, mask=mask, other=0.0), tl.load(angles + HALF, mask=mask, other=0.0)
+        _turn(query + NOPE, target + RANK, cos, sin, mask, INTERLEAVED, HALF, HALF_BLOCK)
+
+
+@triton.jit
+def _split_size(context, splits, TILE: tl.constexpr):
+    """Keys in each part of a row, whole tiles."""
+    return tl.cdiv(tl.cdiv(context, splits), TILE) * TILE
+
+
+@triton.jit(do_not_specialize=["splits", "table_stride"])
+def attend_kernel(
+    queries,
+    cache,
+    partials,
+    partial_logs,
+    query_starts,
+    context_lengths,
+    block_tables,
+    table_rows,
+    splits,
+    table_stride,
+    scale,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROPE_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_N: tl.constexpr,
+    INDIRECT: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Grid (splits, rows, tiles of heads). Rows that have not exactly one query are left out."""
+    if EARLY:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+    split, row = tl.program_id(0), tl.program_id(1)
+    context = tl.load(context_lengths + row)
+    start = tl.load(query_starts + row)
+    size = _split_size(context, splits, TILE_N)
+    begin = split * size
+    end = tl.minimum(begin + size, context)
+    if (begin >= end) | (tl.load(query_starts + row + 1) - start != 1):
+        return
+    head = tl.program_id(2) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
+    is_head = (head < HEADS)[:, None]
+    dims, rest = tl.arange(0, RANK_BLOCK), RANK + tl.arange(0, ROPE_BLOCK)
+    is_dim, is_rest = (dims < RANK)[None, :], (rest < RANK + ROPE)[None, :]
+    query = queries + (start.to(tl.int64) * HEADS + head[:, None]) * (RANK + ROPE)
+    q = tl.load(query + dims[None, :], mask=is_head & is_dim, other=0.0)
+    q_rest = tl.load(query + rest[None, :], mask=is_head & is_rest, other=0.0)
+    line = row.to(tl.int64)
+    if INDIRECT:
+        line = tl.load(table_rows + row).to(tl.int64)
+    table = block_tables + line * table_stride
+
+    best = tl.full((HEADS_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS_BLOCK,), tl.float32)
+    sums = tl.zeros((RANK_BLOCK, HEADS_BLOCK), tl.float32)
+    for first in tl.range(begin, end, TILE_N):
+        place = first + tl.arange(0, TILE_N)
+        present = (place < end)[:, None]
+        block = tl.load(table + place // BLOCK_SIZE, mask=place < end, other=0).to(tl.int64)
+        # What lies behind a row's end may be anything, NaN too: it is never loaded.
+        key = cache + (block * BLOCK_SIZE + place % BLOCK_SIZE)[:, None] * (RANK + ROPE)
+        k = tl.load(key + dims[None, :], mask=present & is_dim, other=0.0).to(q.dtype)
+        k_rest = tl.load(key + rest[None, :], mask=present & is_rest, other=0.0).to(q.dtype)
+        # Keys stand on the left, so that wide matrix instructions read them from shared memory, both times.
+        scores = tl.dot(k, tl.trans(q))
+        scores = tl.dot(k_rest, tl.trans(q_rest), scores)
+        scores = tl.where(present, scores * scale, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 0))
+        weights = tl.exp2(scores - higher[None, :])
+        shrink = tl.exp2(best - higher)
+        total = total * shrink + tl.sum(weights, 0)
+        sums = tl.dot(tl.trans(k), weights.to(q.dtype), sums * shrink[None, :])
+        best = higher
+
+    entry = (row.to(tl.int64) * splits + split) * HEADS + head
+    mask = is_head & is_dim
+    tl.store(partials + entry[:, None] * RANK + dims[None, :], tl.trans(sums / total[None, :]), mask=mask)
+    tl.store(partial_logs + entry, best + tl.log2(total), mask=head < HEADS)
+
+
+@triton.jit
+def _weigh(partial_logs, row, splits, used, head, HEADS: tl.constexpr, SPLITS_BLOCK: tl.constexpr):
+    """(SPLITS_BLOCK,) share of each part in the row's sums; 0 for those that are not used."""
+    split = tl.arange(0, SPLITS_BLOCK)
+    logs = tl.load(partial_logs + (row * splits + split) * HEADS + head, mask=split < used, other=float("-inf"))
+    weights = tl.exp2(logs - tl.max(logs, 0))
+    return weights / tl.sum(weights, 0)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def expand_one_kernel(
+    partials,
+    partial_logs,
+    up,
+    context_lengths,
+    query_starts,
+    output,
+    splits,
+    HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    VALUE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
+    TILE_V: tl.constexpr,
+    TILE_N: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Grid (parts of the value, heads, rows): one row's parts joined and multiplied."""
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    column = tl.program_id(0) * TILE_V + tl.arange(0, TILE_V)
+    dims = tl.arange(0, RANK_BLOCK)
+    is_dim = (dims < RANK)[None, :]
+    weights = up + (head * (NOPE + VALUE) + NOPE + column[:, None]) * RANK + dims[None, :]
+    weight = tl.load(weights, mask=(column < VALUE)[:, None] & is_dim, other=0.0)
+    if EARLY:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+    context = tl.load(context_lengths + row)
+    start = tl.load(query_starts + row)
+    if (context == 0) | (tl.load(query_starts + row + 1) - start != 1):
+        return
+    used = tl.cdiv(context, _split_size(context, splits, TILE_N))
+    share = _weigh(partial_logs, row, splits, used, head, HEADS, SPLITS_BLOCK)
+    split = tl.arange(0, SPLITS_BLOCK)
+    parts = partials + ((row * splits + split)[:, None] * HEADS + head) * RANK + dims[None, :]
+    found = tl.load(parts, mask=(split < used)[:, None] & is_dim, other=0.0)
+    joined = tl.sum(found * share[:, None], 0).to(weight.dtype).to(tl.float32)
+    result = tl.sum(weight.to(tl.float32) * joined[None, :], 1)
+    target = output + (start.to(tl.int64) * HEADS + head) * VALUE + column
+    tl.store(target, result.to(output.dtype.element_ty), mask=column < VALUE)
+
+
+@triton.jit(do_not_specialize=["splits", "rows"])
+def expand_kernel(
+    partials,
+    partial_logs,
+    up,
+    context_lengths,
+    query_starts,
+    output,
+    splits,
+    rows,
+    HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    VALUE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
+    TILE_V: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Grid (parts of the value, heads, tiles of rows)."""
+    row, head = tl.program_id(2) * TILE_R + tl.arange(0, TILE_R), tl.program_id(1)
+    column = tl.program_id(0) * TILE_V + tl.arange(0, TILE_V)
+    dims = tl.arange(0, RANK_BLOCK)
+    is_dim = (dims < RANK)[None, :]
+    weights = up + (head * (NOPE + VALUE) + NOPE + column[None, :]) * RANK + dims[:, None]
+    weight = tl.load(weights, mask=(column < VALUE)[None, :] & (dims < RANK)[:, None], other=0.0)
+    if EARLY:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+    present = row < rows
+    context = tl.load(context_lengths + row, mask=present, other=0)
+    start = tl.load(query_starts + row, mask=present, other=0)
+    alone = tl.load(query_starts + row + 1, mask=present, other=0) - start == 1
+    context = tl.where(alone, context, 0)
+    used = tl.where(context > 0, tl.cdiv(context, tl.maximum(_split_size(context, splits, TILE_N), 1)), 0)
+    split = tl.arange(0, SPLITS_BLOCK)
+    entry = (row.to(tl.int64) * splits)[:, None] + split[None, :]
+    logs = tl.load(partial_logs + entry * HEADS + head, mask=split[None, :] < used[:, None], other=float("-inf"))
+    best = tl.max(logs, 1)
+    share = tl.exp2(logs - tl.where(used > 0, best, 0.0)[:, None])
+    share = share / tl.maximum(tl.sum(share, 1), 1e-30)[:, None]
+    joined = tl.zeros((TILE_R, RANK_BLOCK), tl.float32)
+    for other in tl.range(0, tl.max(used, 0), num_stages=STAGES):
+        parts = partials + ((row.to(tl.int64) * splits + other)[:, None] * HEADS + head) * RANK + dims[None, :]
+        found = tl.load(parts, mask=(other < used)[:, None] & is_dim, other=0.0)
+        joined += found * tl.sum(tl.where(split[None, :] == other, share, 0.0), 1)[:, None]
+    result = tl.dot(joined.to(weight.dtype), weight, input_precision="ieee")
+    target = output + (start.to(tl.int64)[:, None] * HEADS + head) * VALUE + column[None, :]
+    mask = (used > 0)[:, None] & (column < VALUE)[None, :]
+    tl.store(target, result.to(output.dtype.element_ty), mask=mask)

@@ -1,0 +1,266 @@
+"""Which experts a token takes: norm, router product, softmax and choice in one launch, whatever the number of tokens.
+
+The product is as exact as one in float32, though it runs on the matrix units: the activations are bfloat16, and each
+float32 weight is the sum of three bfloat16 numbers. Where the tokens are few, several programs share a tile of them
+along the width, and the last one to arrive chooses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
+
+from engines.kernels.cuda.expert_tuning import MOST_FEW
+from engines.kernels.cuda.launch import Launcher
+from engines.kernels.cuda.scratch import Counters
+
+if TYPE_CHECKING:
+    from engines.kernels.experts import RoutedBatch, Router
+
+PROGRAMS = 128
+"""So many share the work of a step with few tokens: about as many as a GPU has multiprocessors."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    tokens: int
+    depth: int
+    norm: int
+    """Columns at once where the norm is taken."""
+    warps: int
+
+
+FEW, MANY = _Tile(16, 128, 512, 4), _Tile(64, 64, 256, 8)
+
+
+@triton.jit
+def _uniform_scores(positions, token_ids, tokens, present, layer, EXPERTS: tl.constexpr):
+    """(tokens, EXPERTS) float32: 24 random bits for each pair, from Philox at (expert // 4, position, token id)."""
+    position = tl.load(positions + tokens, mask=present, other=0).to(tl.uint32)
+    token_id = tl.load(token_ids + tokens, mask=present, other=0).to(tl.uint32)
+    group = tl.arange(0, EXPERTS // 4).to(tl.uint32)[None, :]
+    zero = tl.zeros_like(position)[:, None] + tl.zeros_like(group)
+    w0, w1, w2, w3 = tl.philox_impl(
+        zero + group,
+        zero + position[:, None],
+        zero + token_id[:, None],
+        zero,
+        zero + layer.to(tl.uint32),
+        zero,
+    )
+    return (tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)) >> 8).to(tl.int32).to(tl.float32)
+
+
+@triton.jit
+def _choose(scores, ranked, EXPERTS_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr):
+    """The CHOSEN best of each row: (rows, COLUMNS) numbers and scores, the best first; at a tie the lower number."""
+    expert = tl.arange(0, EXPERTS_BLOCK)[None, :]
+    column = tl.arange(0, COLUMNS)[None, :]
+    numbers = tl.zeros((scores.shape[0], COLUMNS), tl.int32)
+    weights = tl.zeros((scores.shape[0], COLUMNS), tl.float32)
+    for rank in tl.static_range(CHOSEN):
+        best = tl.argmax(ranked, 1, tie_break_left=True)
+        taken = expert == best[:, None]
+        numbers = tl.where(column == rank, best[:, None], numbers)
+        weights = tl.where(column == rank, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], weights)
+        ranked = tl.where(taken, float("-inf"), ranked)
+    return numbers, weights
+
+
+@triton.jit(do_not_specialize=["tokens", "layer"])
+def _route_kernel(
+    hidden,
+    gain,
+    router,
+    positions,
+    token_ids,
+    cache_slots,
+    normed,
+    weights,
+    experts,
+    counts,
+    partials,
+    arrivals,
+    hidden_stride,
+    tokens,
+    layer,
+    eps,
+    scale,
+    WIDTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_K: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    COUNT: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Grid (tiles of tokens, SPLITS). With COUNT each expert's tokens are added to ``counts``."""
+    if EARLY:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+    tile, split = tl.program_id(0), tl.program_id(1)
+    token = tile * TILE_T + tl.arange(0, TILE_T)
+    present = token < tokens
+    # What fills the step up may hold anything, NaN too: it is never loaded.
+    valid = tl.load(cache_slots + token, mask=present, other=-1) >= 0
+    wide_token = token.to(tl.int64)
+    source = hidden + wide_token[:, None] * hidden_stride
+
+    squares = tl.zeros((TILE_T, NORM_BLOCK), tl.float32)
+    for first in range(0, WIDTH, NORM_BLOCK):
+        dims = first + tl.arange(0, NORM_BLOCK)
+        x = tl.load(source + dims[None, :], mask=valid[:, None] & (dims < WIDTH)[None, :], other=0.0).to(tl.float32)
+        squares += x * x
+    rms = tl.rsqrt(tl.sum(squares, 1) / WIDTH + eps)[:, None]
+
+    # Programs of one tile share its width, in whole blocks.
+    share: tl.constexpr = ((WIDTH + TILE_K - 1) // TILE_K + SPLITS - 1) // SPLITS * TILE_K
+    expert = tl.arange(0, EXPERTS_BLOCK)
+    logits = tl.zeros((TILE_T, EXPERTS_BLOCK), tl.float32)
+    for block in range(0, share, TILE_K):
+        dims = split * share + block + tl.arange(0, TILE_K)
+        inside = (dims < WIDTH)[None, :]
+        x = tl.load(source + dims[None, :], mask=valid[:, None] & inside, other=0.0).to(tl.float32)
+        factor = tl.load(gain + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)
+        y = (x * rms * factor[None, :]).to(tl.bfloat16)
+        tl.store(normed + wide_token[:, None] * WIDTH + dims[None, :], y, mask=present[:, None] & inside)
+        mask = (expert < EXPERTS)[:, None] & inside
+        rest = tl.load(router + expert[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0)
+        for _ in tl.static_range(3):
+            part = rest.to(tl.bfloat16)
+            logits = tl.dot(y, tl.trans(part), logits)
+            rest = rest - part.to(tl.float32)
+
+    if SPLITS > 1:
+        place = (tile * TILE_T + tl.arange(0, TILE_T))[:, None] * EXPERTS_BLOCK + expert[None, :]
+        stride = tl.num_programs(0) * TILE_T * EXPERTS_BLOCK
+        tl.store(partials + split * stride + place, logits)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
+        if arrived < SPLITS - 1:
+            return
+        tl.store(arrivals + tile, 0)
+        logits = tl.zeros((TILE_T, EXPERTS_BLOCK), tl.float32)
+        for other in tl.static_range(SPLITS):
+            logits += tl.load(partials + other * stride + place, cache_modifier=".cg")
+
+    logits = tl.where((expert < EXPERTS)[None, :], logits, float("-inf"))
+    scores = tl.exp(logits - tl.max(logits, 1)[:, None])
+    scores = scores / tl.sum(scores, 1)[:, None]
+    # A stream that is not finite still takes experts that differ.
+    scores = tl.where(scores == scores, scores, 0.0)
+    ranked = _uniform_scores(positions, token_ids, token, present, layer, EXPERTS_BLOCK) if UNIFORM else scores
+    ranked = tl.where((expert < EXPERTS)[None, :], ranked, float("-inf"))
+    chosen, weight = _choose(scores, ranked, EXPERTS_BLOCK, COLUMNS, CHOSEN)
+    total = tl.sum(weight, 1)[:, None] + 1e-20 if NORMALISE else 1.0
+    weight = weight * scale / total
+    column = tl.arange(0, COLUMNS)[None, :]
+    weight = tl.where(column < CHOSEN, weight, 1.0)
+    chosen = tl.where(column < CHOSEN, chosen, EXPERTS - CHOSEN + column)
+    pair = wide_token[:, None] * (CHOSEN + SHARED) + column
+    is_pair = present[:, None] & (column < CHOSEN + SHARED)
+    tl.store(weights + pair, weight, mask=is_pair)
+    tl.store(experts + pair, tl.where(valid[:, None], chosen, -1), mask=is_pair)
+    if COUNT:
+        ones = tl.full((TILE_T, COLUMNS), 1, tl.int32)
+        tl.atomic_add(counts + chosen, ones, mask=is_pair & valid[:, None], sem="relaxed")
+
+
+_route = Launcher(_route_kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What a step's tokens take: C columns a token, the chosen experts and then the shared ones."""
+
+    normed: torch.Tensor
+    """(T, width): the norm of the stream."""
+    weights: torch.Tensor
+    """(T, C) float32."""
+    experts: torch.Tensor
+    """(T, C) int32, -1 for a token that only fills the step up."""
+
+
+def _splits(tiles: int, blocks: int) -> int:
+    """How many programs share a tile of tokens, a power of two; the width has so many blocks."""
+    splits = 1
+    while tiles * splits * 2 <= PROGRAMS and splits * 2 <= blocks:
+        splits *= 2
+    return splits
+
+
+def choose_experts(
+    hidden: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    router: Router,
+    shared: int,
+    batch: RoutedBatch,
+    counters: Counters,
+    count: bool,
+    early: bool,
+) -> Routed:
+    """(T, width) bfloat16 stream -> the choice of its tokens; with ``count`` added up in ``counters.counts`` too."""
+    (tokens, width), rule = hidden.shape, router.rule
+    number, columns = router.weight.out_features, rule.experts_per_token + shared
+    tile = FEW if tokens <= MOST_FEW else MANY
+    tiles = triton.cdiv(tokens, tile.tokens)
+    splits = _splits(tiles, width // tile.depth)
+    block = triton.next_power_of_2(number)
+    normed = torch.empty((tokens, width), dtype=hidden.dtype, device=hidden.device)
+    weights = torch.empty((tokens, columns), dtype=torch.float32, device=hidden.device)
+    experts = torch.empty((tokens, columns), dtype=torch.int32, device=hidden.device)
+    partials = weights
+    if splits > 1:
+        partials = torch.empty((splits, tiles * tile.tokens, block), dtype=torch.float32, device=hidden.device)
+    _route(
+        (tiles, splits, 1),
+        (
+            hidden,
+            gain,
+            router.weight.weight,
+            batch.positions,
+            batch.token_ids,
+            batch.cache_slots,
+            normed,
+            weights,
+            experts,
+            counters.counts,
+            partials,
+            counters.arrivals,
+        ),
+        fixed=(hidden.stride(0),),
+        free=(tokens, rule.uniform_layer or 0, eps, 1.0 if rule.normalise else rule.scale),
+        constants=(
+            width,
+            number,
+            block,
+            rule.experts_per_token,
+            shared,
+            triton.next_power_of_2(columns),
+            splits,
+            tile.tokens,
+            tile.depth,
+            tile.norm,
+            rule.uniform_layer is not None,
+            rule.normalise,
+            count,
+            early,
+        ),
+        warps=tile.warps,
+        stages=3,
+        early=early,
+    )
+    return Routed(normed, weights, experts)

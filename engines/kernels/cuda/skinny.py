@@ -1,0 +1,149 @@
+"""Launches the skinny kernel: linear layers of at most 128 rows."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from engines.kernels.cuda.launch import Launcher
+from engines.kernels.cuda.skinny_kernel import skinny_kernel
+from engines.kernels.cuda.tuning import (
+    MOST_TILES,
+    PARTIAL_FLOATS,
+    WEIGHT_ALIGNMENT,
+    Machine,
+    SkinnyConfig,
+    SkinnyShape,
+    block_rows,
+    ceil_div,
+    config_for,
+    machine_of,
+    resident_programs,
+    steps_of_split,
+)
+
+_launch = Launcher(skinny_kernel)
+
+
+@functools.cache
+def _scratch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums and counters of the programs that share a tile. Kernels of one stream use them one after the other;
+    each leaves the counters at zero."""
+    return (
+        torch.empty(PARTIAL_FLOATS, dtype=torch.float32, device=device),
+        torch.zeros(MOST_TILES, dtype=torch.int32, device=device),
+    )
+
+
+def reserve(device: torch.device) -> None:
+    """Allocate what kernels on this device share: before any graph is captured, whose memory is its own."""
+    _scratch(device)
+
+
+def skinny_config(
+    rows: int, lines: int, depth: int, gated: bool, norm: bool, device: torch.device
+) -> SkinnyConfig | None:
+    """How ``rows`` rows run here; None where cuBLAS is faster, or the kernel does not fit."""
+    return _config(rows, lines, depth, gated, norm, device.index)
+
+
+@functools.cache
+def _config(rows: int, lines: int, depth: int, gated: bool, norm: bool, device: int) -> SkinnyConfig | None:
+    return None if depth % 16 else config_for(SkinnyShape(lines, depth, gated, norm), rows, machine_of(device))
+
+
+@functools.cache
+def _constants(
+    shape: SkinnyShape, rows: int, config: SkinnyConfig, bias: bool, residual: bool, machine: Machine | None
+) -> tuple[int | bool, ...]:
+    """The kernel's compile-time arguments, in order; ``machine`` None where it is interpreted."""
+    block_m, depth = block_rows(rows), shape.depth
+    shortest = depth - (config.splits - 1) * steps_of_split(config, depth) * config.block_k
+    prefetch = min(config.prefetch, 2 * shortest) // WEIGHT_ALIGNMENT * WEIGHT_ALIGNMENT
+    further = 0 < prefetch < 2 * shortest and shortest >= config.block_k
+    slots = 0
+    if machine is not None and prefetch and config.splits == 1:
+        slots = resident_programs(config, shape, block_m, machine)
+    return (
+        block_m,
+        config.block_n,
+        config.block_k,
+        config.parts,
+        config.splits,
+        config.stages,
+        prefetch,
+        prefetch // 2 if further else 0,
+        slots if slots < ceil_div(shape.lines, config.block_n) else 0,
+        config.warps,
+        config.early,
+        shape.norm,
+        bias,
+        shape.gated,
+        residual,
+        depth % config.block_k == 0,
+    )
+
+
+def skinny_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    config: SkinnyConfig,
+    norm: tuple[torch.Tensor, float] | None = None,
+    bias: torch.Tensor | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """(T, in) and contiguous (out, in) of one 16-bit type -> (T, out), or (T, out / 2) where gated.
+
+    ``norm`` is an RMS norm's gain and epsilon; ``dtype`` the result's, x's if None. ``in`` is a multiple of 16.
+    """
+    rows, depth = x.shape
+    lines = weight.shape[0]
+    shape = SkinnyShape(lines, depth, gated, norm is not None)
+    machine = None if x.device.index is None else machine_of(x.device.index)
+    output = x.new_empty(rows, lines // 2 if gated else lines, dtype=dtype)
+    gain, eps = (x, 0.0) if norm is None else norm
+    _launch(
+        (-(-lines // config.block_n), config.splits, 1),
+        (
+            x,
+            weight,
+            gain,
+            x if bias is None else bias,
+            x if residual is None else residual,
+            output,
+            *_scratch(x.device),
+        ),
+        fixed=(lines, depth, x.stride(0), 0 if residual is None else residual.stride(0)),
+        free=(rows, eps),
+        constants=_constants(shape, rows, config, bias is not None, residual is not None, machine),
+        warps=config.warps,
+        stages=config.stages,
+        early=config.early,
+    )
+    return output
+
+
+def compile_skinny(
+    shape: SkinnyShape,
+    rows: int,
+    config: SkinnyConfig,
+    machine: Machine,
+    bias: bool,
+    residual: bool,
+    dtype: torch.dtype,
+    output_dtype: torch.dtype,
+) -> None:
+    """Put into the cache on disk what ``skinny_linear`` runs on contiguous tensors; needs no GPU of its own."""
+    width = shape.lines // 2 if shape.gated else shape.lines
+    _launch.compile(
+        (dtype, dtype, dtype, dtype, dtype, output_dtype, torch.float32, torch.int32),
+        fixed=(shape.lines, shape.depth, shape.depth, width if residual else 0),
+        free=(rows, 0.0),
+        constants=_constants(shape, rows, config, bias, residual, machine),
+        warps=config.warps,
+        stages=config.stages,
+        early=config.early,
+    )

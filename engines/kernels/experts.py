@@ -1,0 +1,262 @@
+"""Mixtures of experts: routing and the products of one layer, the fastest implementation that fits.
+
+``mixture`` is one signature over all: few tokens in bfloat16 on a GPU run four kernels that read each weight once,
+many tokens are sorted by expert first, and everything else is composed of plain products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch.nn import functional
+
+from engines.kernels import backends, reference
+from engines.kernels.cuda.scratch import counters
+from engines.kernels.elementwise import silu_mul
+from engines.kernels.linear import Fusion, PackedLinear, RmsNorm, linear, pack_linear
+
+
+class RoutedBatch(Protocol):
+    """The fields of a step's batch that routing reads; ``engines.models.batch.Batch`` has them."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(T,) int64."""
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """(T,) int64."""
+
+    @property
+    def cache_slots(self) -> torch.Tensor:
+        """(T,) int64; -1 for a token that only fills the step up, whose result nobody reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingRule:
+    """How router logits become weights and experts."""
+
+    experts_per_token: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    """Experts are chosen inside the best ``top_groups`` of these; 1 does not limit them."""
+    top_groups: int = 1
+    normalise: bool = False
+    scale: float = 1.0
+    uniform_layer: int | None = None
+    """Experts are drawn uniformly at random instead, afresh for each token and place; the number of the layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """The router of one layer."""
+
+    weight: PackedLinear
+    """(experts, width) float32."""
+    correction: torch.Tensor | None
+    """(experts,) float32: takes part in the choice, not in the weights; groups then rank by the sum of two."""
+    rule: RoutingRule
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """All experts of a layer on a GPU, the shared ones last, cut to the routed ones' width."""
+
+    gate_up: torch.Tensor
+    """(E, 2 I, width)."""
+    down: torch.Tensor
+    """(E, width, I)."""
+    chosen: int
+    shared: int
+
+    @property
+    def columns(self) -> int:
+        return self.chosen + self.shared
+
+    def tiles(self, tokens: int, pairs: int) -> int:
+        """At most so many tiles of ``pairs`` pairs one step of ``tokens`` tokens has, over all experts."""
+        routed, routed_pairs = self.gate_up.shape[0] - self.shared, tokens * self.chosen
+        active = min(routed, routed_pairs)
+        return active + (routed_pairs - active) // pairs + self.shared * -(-tokens // pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """Routed and shared experts in the layout that ``mixture`` reads."""
+
+    gate_up: tuple[PackedLinear, ...]
+    """On the CPU, one an expert; so ``down``."""
+    down: tuple[PackedLinear, ...]
+    shared: tuple[PackedLinear, PackedLinear] | None
+    """On the CPU: gate and up, down."""
+    stacks: Stacks | None
+    """On a GPU: all of them."""
+
+
+def shared_experts(packed: PackedExperts) -> tuple[torch.Tensor, ...]:
+    """What every step reads on a GPU, whatever its routing."""
+    stacks = packed.stacks
+    if stacks is None or not stacks.shared:
+        return ()
+    return stacks.gate_up[-stacks.shared :], stacks.down[-stacks.shared :]
+
+
+def pack_experts(
+    gate_up: Sequence[torch.Tensor],
+    down: Sequence[torch.Tensor],
+    shared: tuple[torch.Tensor, torch.Tensor],
+    experts_per_token: int,
+) -> PackedExperts:
+    """(2I, width) and (width, I) weights of each expert, and the same of the shared ones, which are one wider layer."""
+    if down[0].is_cpu:
+        packed = tuple(tuple(pack_linear(weight) for weight in weights) for weights in (gate_up, down))
+        return PackedExperts(packed[0], packed[1], (pack_linear(shared[0]), pack_linear(shared[1])), None)
+    counters(down[0].device)
+    shared_gate_up, shared_down = _cut_shared(*shared, inner=down[0].shape[1])
+    stacks = Stacks(
+        torch.stack([*gate_up, *shared_gate_up]),
+        torch.stack([*down, *shared_down]),
+        experts_per_token,
+        len(shared_down),
+    )
+    return PackedExperts((), (), None, stacks)
+
+
+def _cut_shared(gate_up: torch.Tensor, down: torch.Tensor, inner: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """One wide layer as several of width ``inner``, whose outputs sum to its; zeros fill the last one up."""
+    width = down.shape[1]
+    missing = -width % inner
+    gate, up = (functional.pad(half, (0, 0, 0, missing)) for half in (gate_up[:width], gate_up[width:]))
+    down = functional.pad(down, (0, missing))
+    places = [slice(first, first + inner) for first in range(0, width, inner)]
+    return [torch.cat((gate[place], up[place])) for place in places], [down[:, place] for place in places]
+
+
+def mixture(
+    hidden: torch.Tensor, norm: RmsNorm, router: Router, packed: PackedExperts, batch: RoutedBatch
+) -> torch.Tensor:
+    """(T, width) residual stream -> the stream after the layer. Never waits for the device.
+
+    In float32 on the CPU a token's result does not depend on the others of the step.
+    """
+    stacks = packed.stacks
+    if stacks is not None and hidden.dtype is torch.bfloat16:
+        triton = backends.triton_for(hidden, stacks.gate_up)
+        if triton is not None:
+            if _fits_kernel(router):
+                return triton.mixture(hidden, norm.weight, norm.eps, router, stacks, batch)
+            normed = norm(hidden)
+            weights, experts = choose(normed, router, batch)
+            return triton.sorted_mixture(hidden, normed, weights, experts, stacks, batch.cache_slots)
+    return _composed(hidden, norm, router, packed, batch)
+
+
+def _fits_kernel(router: Router) -> bool:
+    """Whether one kernel routes: softmax, without groups and correction, over a power of two of experts."""
+    rule, experts = router.rule, router.weight.out_features
+    plain = rule.scoring == "softmax" and rule.groups == 1 and router.correction is None
+    return plain and 16 <= experts <= 256
+
+
+def _composed(
+    hidden: torch.Tensor, norm: RmsNorm, router: Router, packed: PackedExperts, batch: RoutedBatch
+) -> torch.Tensor:
+    x = norm(hidden)
+    weights, experts = choose(x, router, batch)
+    per_token = weights.shape[1]
+    chosen, order = experts.flatten().sort(stable=True)
+    numbers = torch.arange(router.weight.out_features, device=x.device)
+    ends = torch.searchsorted(chosen, numbers, right=True).int()
+    routed = _routed_products(x[order // per_token], packed, ends)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    weighted = routed[back].view(-1, per_token, x.shape[1]) * weights.unsqueeze(-1)
+    total = _add_shared(hidden, norm, packed).float()
+    # One by one: the order of a reduction could depend on how many tokens there are.
+    for rank in range(per_token):
+        total = total + weighted[:, rank]
+    return total.to(x.dtype)
+
+
+def _routed_products(x: torch.Tensor, packed: PackedExperts, ends: torch.Tensor) -> torch.Tensor:
+    """(N, width) by expert, rows ``ends[e-1] .. ends[e]-1`` of expert e -> (N, width)."""
+    if packed.stacks is not None:
+        routed = ends.shape[0]
+        gate_up = packed.stacks.gate_up[:routed].transpose(1, 2)
+        gated = silu_mul(functional.grouped_mm(x, gate_up, offs=ends))
+        return functional.grouped_mm(gated, packed.stacks.down[:routed].transpose(1, 2), offs=ends)
+    output = torch.empty_like(x)
+    start = 0
+    for wide, narrow, end in zip(packed.gate_up, packed.down, ends.tolist(), strict=True):
+        if end > start:
+            output[start:end] = linear(linear(x[start:end], wide, fusion=Fusion(gated=True)), narrow)
+        start = end
+    return output
+
+
+def _add_shared(hidden: torch.Tensor, norm: RmsNorm, packed: PackedExperts) -> torch.Tensor:
+    if packed.shared is not None:
+        gated = linear(hidden, packed.shared[0], fusion=Fusion(norm=norm, gated=True))
+        return linear(gated, packed.shared[1], fusion=Fusion(residual=hidden))
+    assert packed.stacks is not None
+    x, total = norm(hidden), hidden
+    for expert in range(packed.stacks.gate_up.shape[0] - packed.stacks.shared, packed.stacks.gate_up.shape[0]):
+        total = total + silu_mul(x @ packed.stacks.gate_up[expert].t()) @ packed.stacks.down[expert].t()
+    return total
+
+
+def choose(x: torch.Tensor, router: Router, batch: RoutedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, width) -> weights (T, k) float32 and experts (T, k) int64."""
+    logits = linear(x.float(), router.weight)
+    rule = router.rule
+    drawn = None
+    if rule.uniform_layer is not None:
+        drawn = uniform_scores(batch.positions, batch.token_ids, rule.uniform_layer, logits.shape[1])
+    return route(logits, rule, router.correction, drawn)
+
+
+def route(
+    logits: torch.Tensor, rule: RoutingRule, correction: torch.Tensor | None, drawn: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, experts) float32 router logits -> weights (T, k) float32 and experts (T, k) int64.
+
+    ``drawn``, if given, ranks the experts instead of their scores.
+    """
+    scores = _sigmoid(logits) if rule.scoring == "sigmoid" else logits.softmax(dim=-1)
+    ranked = scores if correction is None else scores + correction
+    if drawn is not None:
+        ranked = drawn
+    elif rule.groups > 1:
+        grouped = ranked.view(ranked.shape[0], rule.groups, -1)
+        strength = grouped.amax(dim=-1) if correction is None else grouped.topk(2, dim=-1).values.sum(dim=-1)
+        best = strength.topk(rule.top_groups, dim=-1).indices
+        closed = torch.ones_like(strength, dtype=torch.bool).scatter_(1, best, value=False)
+        ranked = grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
+    experts = ranked.topk(rule.experts_per_token, dim=-1).indices
+    weights = scores.gather(1, experts)
+    if not rule.normalise:
+        return weights * rule.scale, experts
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    # V2's own code scales only weights that it did not normalise; V3's scales both.
+    return (weights * rule.scale if rule.scoring == "sigmoid" else weights), experts
+
+
+def uniform_scores(positions: torch.Tensor, token_ids: torch.Tensor, layer: int, experts: int) -> torch.Tensor:
+    """(T, experts) float32 noise whose order is uniformly random, afresh for each layer, position and token id.
+
+    Entry e is the upper 24 bits of lane ``e % 4`` of Philox with the layer as key, at (e // 4, position, token id, 0).
+    """
+    positions, token_ids = positions.unsqueeze(1), token_ids.unsqueeze(1)
+    zero = torch.zeros_like(positions)
+    groups = torch.arange(-(-experts // 4), device=positions.device).unsqueeze(0)
+    words = reference.philox_4x32((zero + layer, zero), (groups, positions, token_ids, zero))
+    return (torch.stack(words, dim=-1).flatten(1)[:, :experts] >> 8).float()
+
+
+def _sigmoid(logits: torch.Tensor) -> torch.Tensor:
+    """As a softmax over (x, 0), which works row by row: torch's own sigmoid computes what is left over after whole
+    vectors in another way, so that a token's last bit would depend on its place in the step."""
+    return torch.stack((logits, torch.zeros_like(logits)), dim=-1).softmax(dim=-1)[..., 0]

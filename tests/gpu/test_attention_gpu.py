@@ -1,0 +1,160 @@
+"""Attention over paged caches on the GPU against its definition in float64: eager and in captured graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+
+from engines import kernels
+from engines.models.batch import Batch
+from tests.attention_steps import MOST_POSITIONS, Step, close, padded, random_rows, random_shape, to_device
+from tests.triton_interpreter import DEVICE
+from tests.unit.kernels.paged import Row
+
+pytest.importorskip("triton")
+
+from engines.kernels.cuda import decode_attention
+from engines.kernels.cuda.scratch import counters
+
+FAST_TYPES = [torch.bfloat16, torch.float16]
+SHAPES = [(12, 2, 128), (28, 4, 128), (9, 3, 64), (4, 4, 80), (5, 1, 256), (32, 2, 96)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN, so that an output element that nobody wrote is seen."""
+    torch.manual_seed(random.randrange(1 << 30))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def some_contexts() -> list[int]:
+    return [1, 2, 16, 17, 63, 64, 65, 129, *(random.randrange(1, 1500) for _ in range(5))]
+
+
+@pytest.mark.parametrize("dtype", [*FAST_TYPES, torch.float32])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+def test_decode(heads: int, kv_heads: int, width: int, normed: bool, dtype: torch.dtype) -> None:
+    for contexts in (some_contexts(), [random.randrange(900, 3000)], [random.randrange(1, 300) for _ in range(70)]):
+        step = Step(random_rows(contexts), random_shape(heads, kv_heads, width, dtype, normed), dtype)
+        result = kernels.grouped_query_attention(step.qkv.to(DEVICE), step.shape, step.cache, to_device(step.batch))
+        assert close(result, step.expected())
+        step.check_cache()
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize(("keys", "warps"), [(16, 1), (32, 2), (64, 4), (128, 8)])
+def test_decode_in_every_division(splits: int, keys: int, warps: int) -> None:
+    step = Step(random_rows(some_contexts()), random_shape(12, 2, 128, torch.bfloat16), torch.bfloat16)
+    tile = decode_attention.DecodeTile(keys, warps)
+    cache = step.cache[0], step.cache[1]
+    result = decode_attention.attend_fused(
+        step.qkv.to(DEVICE), step.shape, cache, to_device(step.batch), tile=tile, splits=splits
+    )
+    assert close(result, step.expected())
+    step.check_cache()
+    assert not counters(DEVICE).arrivals.any()
+
+
+MIXED = [(40, 40), (2, 2), (300, 7), (520, 520), (131, 2), (1500, 200)]
+
+
+@pytest.mark.parametrize("dtype", [*FAST_TYPES, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+def test_mixed_steps(heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
+    for contexts, prompts in ((some_contexts(), MIXED), ([], MIXED[:2]), ([3], [(5, 5)])):
+        step = Step(random_rows(contexts, prompts), random_shape(heads, kv_heads, width, dtype), dtype)
+        result = kernels.grouped_query_attention(step.qkv.to(DEVICE), step.shape, step.cache, to_device(step.batch))
+        assert close(result, step.expected())
+        step.check_cache()
+
+
+def test_more_rows_than_a_program_looks_at_once() -> None:
+    prompts = [(random.randrange(9, 60), random.randrange(2, 9)) for _ in range(300)]
+    step = Step(random_rows([], prompts), random_shape(12, 2, 128, torch.bfloat16), torch.bfloat16)
+    result = kernels.grouped_query_attention(step.qkv.to(DEVICE), step.shape, step.cache, to_device(step.batch))
+    assert close(result, step.expected())
+
+
+def captured(run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    return graph, output
+
+
+def replay_over_steps(steps: Sequence[tuple[Step, Batch]]) -> None:
+    """Capture the first, replay for each after copying its inputs in; all have the same shapes and bounds."""
+    first, batch = steps[0]
+    tokens = batch.positions.shape[0]
+    static = to_device(batch)
+    shape, cache = first.shape, tuple(torch.full_like(tensor, torch.nan) for tensor in first.cache)
+    qkv = torch.full((tokens, first.qkv.shape[1]), torch.nan, device=DEVICE, dtype=first.qkv.dtype)
+    graph, output = captured(lambda: kernels.grouped_query_attention(qkv, shape, cache, static))
+    for step, inputs in steps:
+        assert (inputs.decode_rows, inputs.longest_context) == (batch.decode_rows, batch.longest_context)
+        for field in dataclasses.fields(static):
+            value = getattr(static, field.name)
+            if isinstance(value, torch.Tensor):
+                value.copy_(getattr(inputs, field.name))
+        for _ in range(2):
+            for ours, theirs in zip(cache, step.paged.tensors, strict=True):
+                ours.copy_(theirs)
+            qkv.fill_(torch.nan)
+            qkv[: step.qkv.shape[0]] = step.qkv.to(DEVICE)
+            output.fill_(torch.nan)
+            graph.replay()
+        result = output[: step.qkv.shape[0]].clone()
+        step.cache = cache
+        assert close(result, step.expected())
+        step.check_cache()
+    assert not counters(DEVICE).arrivals.any()
+
+
+def same_sized(make_rows: Callable[[], list[Row]], tokens: int, rows: int) -> list[tuple[Step, Batch]]:
+    """Steps of as many rows each, the longest always of one length, so that their caches have one size."""
+    shape = dataclasses.replace(
+        random_shape(12, 2, 128, torch.bfloat16), cos_sin=torch.rand(MOST_POSITIONS, 128, device=DEVICE)
+    )
+    steps = []
+    for _ in range(3):
+        step = Step(make_rows(), shape, torch.bfloat16)
+        steps.append((step, padded(step, tokens, rows, widest=256)))
+    return steps
+
+
+@pytest.mark.parametrize(("rows", "capacity"), [(1, 1), (3, 4), (60, 64), (140, 256)])
+def test_captured_decode(rows: int, capacity: int) -> None:
+    def make() -> list[Row]:
+        return random_rows([1000, *(random.randrange(1, 1000) for _ in range(rows - 1))])
+
+    replay_over_steps(same_sized(make, capacity, capacity))
+
+
+def test_captured_mixed_steps() -> None:
+    def make() -> list[Row]:
+        counts = [random.randrange(2, 60) for _ in range(4)]
+        decodes = [1000, *(random.randrange(1, 1000) for _ in range(8))]
+        return random_rows(decodes, [(count + random.randrange(0, 900), count) for count in counts])
+
+    replay_over_steps(same_sized(make, 300, 16))
+
+
+def test_a_float32_row_gets_the_same_bits_alone_and_among_others() -> None:
+    contexts = some_contexts()
+    step = Step(random_rows(contexts), random_shape(12, 2, 128, torch.float32), torch.float32)
+    whole = kernels.grouped_query_attention(step.qkv.to(DEVICE), step.shape, step.cache, to_device(step.batch))
+    for index, row in enumerate(step.rows):
+        alone = dataclasses.replace(step.paged.batch([row]), cache_slots=step.slots[index : index + 1])
+        part = kernels.grouped_query_attention(
+            step.qkv[index : index + 1].to(DEVICE), step.shape, step.cache, to_device(alone)
+        )
+        assert torch.equal(part, whole[index : index + 1])

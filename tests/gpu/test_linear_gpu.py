@@ -1,0 +1,128 @@
+"""Linear layers of few rows on the GPU: every way that the kernel runs, against the definition in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from engines import kernels
+from engines.kernels import Fusion, RmsNorm
+from engines.kernels.cuda.tuning import SkinnyConfig, SkinnyShape, config_for, machine_of, ranked
+from tests.linear_cases import EPS, LinearCase
+
+DEVICE = torch.device("cuda", 0)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+FUSED: list[dict[str, bool]] = [
+    {"norm": True, "bias": True, "gated": True, "residual": True},
+    {"norm": True},
+    {"residual": True},
+]
+CONFIGS = [
+    SkinnyConfig(16, 256, 4, 1, 4, 4, 512, True),
+    SkinnyConfig(16, 512, 8, 1, 8, 4, 0, False),
+    SkinnyConfig(32, 256, 4, 3, 4, 4, 1024, True),
+    SkinnyConfig(64, 128, 4, 2, 4, 3, 0, True),
+    SkinnyConfig(64, 128, 0, 1, 4, 4, 512, True),
+    SkinnyConfig(64, 128, 0, 4, 4, 4, 256, False),
+    SkinnyConfig(128, 64, 0, 2, 4, 4, 0, True),
+    SkinnyConfig(128, 64, 0, 1, 8, 3, 2048, True),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN, so that an output element that nobody wrote is seen."""
+    torch.manual_seed(random.randrange(1 << 30))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def runs_here(config: SkinnyConfig) -> bool:
+    return machine_of(0).hopper or (config.parts > 0 and not config.early)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_configurations(config: SkinnyConfig, fused: dict[str, bool]) -> None:
+    if not runs_here(config):
+        pytest.skip("needs a Hopper GPU")
+    for rows, lines, depth in ((3, 200, 1072), (8, 66, 2096), (16, 4608, 3584)):
+        case = LinearCase.draw(rows, lines, depth, torch.bfloat16, DEVICE, **fused)
+        first = case.run(config)
+        assert case.distance(first) < TOLERANCE[torch.bfloat16], (rows, lines, depth)
+        for _ in range(3):
+            assert torch.equal(case.run(config), first), "differs from run to run"
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [*((rows, torch.bfloat16) for rows in (1, 5, 16, 23, 63, 128)), (6, torch.float16)]
+)
+def test_what_the_machine_chooses(rows: int, dtype: torch.dtype) -> None:
+    """The best by the model, and what ``linear`` runs, with norm and without."""
+    for fused in FUSED:
+        norm, gated = fused.get("norm", False) and dtype is torch.bfloat16, fused.get("gated", False)
+        case = LinearCase.draw(rows, 1408, 2048, dtype, DEVICE, **(fused | {"norm": norm}))
+        for config in ranked(SkinnyShape(1408, 2048, gated, norm), rows, machine_of(0), 2):
+            assert case.distance(case.run(config)) < TOLERANCE[dtype], config
+        fusion = Fusion(None if case.gain is None else RmsNorm(case.gain, EPS), gated, case.residual)
+        result = kernels.linear(case.x, kernels.pack_linear(case.weight), case.bias, fusion)
+        assert case.distance(result) < 2 * TOLERANCE[dtype]
+
+
+def test_float32_results_are_not_rounded() -> None:
+    case = LinearCase.draw(4, 512, 1024, torch.bfloat16, DEVICE)
+    packed = kernels.pack_linear(case.weight)
+    result = kernels.linear(case.x, packed, fusion=Fusion(dtype=torch.float32))
+    assert result.dtype is torch.float32
+    if config_for(SkinnyShape(512, 1024, False, False), 4, machine_of(0)) is not None:
+        assert case.distance(result) < TOLERANCE[torch.float32]
+
+
+def test_extreme_activations_give_no_nan() -> None:
+    case = LinearCase.draw(3, 256, 1536, torch.bfloat16, DEVICE, norm=True, gated=True)
+    for size in (0.0, 1e-30, 1e15):
+        case.x.copy_(torch.randn(3, 1536) * size)
+        for config in filter(runs_here, CONFIGS):
+            assert case.run(config).isfinite().all()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_chain_of_layers_in_a_graph(config: SkinnyConfig) -> None:
+    """Each layer reads what the one before wrote: with early starts a missing wait would show."""
+    if not runs_here(config):
+        pytest.skip("needs a Hopper GPU")
+    from engines.kernels.cuda.skinny import skinny_linear
+
+    width, layers = 1024, 24
+    weights = [(torch.randn(width, width) / width**0.5).to(DEVICE, torch.bfloat16) for _ in range(layers)]
+    gain = torch.ones(width, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(7, width).to(DEVICE, torch.bfloat16)
+
+    def chain() -> torch.Tensor:
+        hidden = x
+        for index, weight in enumerate(weights):
+            norm = (gain, EPS) if index % 2 else None
+            hidden = skinny_linear(hidden, weight, config, norm, residual=hidden)
+        return hidden
+
+    chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chain()
+    for _ in range(10):
+        x.copy_(torch.randn(7, width))
+        graph.replay()
+        expected = x.double()
+        for index, weight in enumerate(weights):
+            inner = expected
+            if index % 2:
+                inner = inner * torch.rsqrt(inner.square().mean(-1, keepdim=True) + EPS)
+            expected = expected + inner @ weight.double().t()
+            # Rounded where the kernel rounds, so that only its own error is measured.
+            expected = expected.to(torch.bfloat16).double()
+        assert float((result.double() - expected).norm() / expected.norm()) < 2e-2

@@ -1,0 +1,73 @@
+"""The kernels of grouped-query attention against their definition, through Triton's interpreter without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.attention_steps import Step, close, padded, random_rows, random_shape, to_device
+from tests.triton_interpreter import DEVICE
+
+pytest.importorskip("triton")
+
+from engines.kernels.cuda import decode_attention, elementwise, prefill_attention
+from engines.kernels.cuda.scratch import counters
+
+CONTEXTS = [1, 2, 16, 17, 65, 130]
+PROMPTS = [(40, 40), (2, 2), (150, 21)]
+SHAPES = [(6, 2, 32), (3, 1, 40)]
+
+
+def chunks(step: Step, tokens: int | None = None, rows: int = 0) -> torch.Tensor:
+    """Rotation, cache write and attention as a step runs them that is not all decodes; filled up if ``tokens``."""
+    shape, batch = step.shape, step.batch
+    qkv = step.qkv
+    if tokens is not None:
+        batch = padded(step, tokens, rows, widest=16)
+        qkv = torch.full((tokens, qkv.shape[1]), torch.nan, dtype=qkv.dtype)
+        qkv[: step.qkv.shape[0]] = step.qkv
+    batch, parts = (
+        to_device(batch),
+        qkv.to(DEVICE, copy=True).view(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim),
+    )
+    queries, keys, values = parts.split_with_sizes((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
+    cache = step.cache[0], step.cache[1]
+    elementwise.rope_write_kv(queries, keys, values, batch.positions, shape.cos_sin, False, cache, batch.cache_slots)
+    return prefill_attention.paged_attention(queries, cache, batch, shape.scale).flatten(1)[: step.qkv.shape[0]]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+def test_decode(heads: int, kv_heads: int, width: int, normed: bool, splits: int) -> None:
+    step = Step(random_rows(CONTEXTS), random_shape(heads, kv_heads, width, torch.float16, normed), torch.float16)
+    capacity = len(CONTEXTS) + 2
+    qkv = torch.full((capacity, step.qkv.shape[1]), torch.nan, dtype=torch.float16)
+    qkv[: len(CONTEXTS)] = step.qkv
+    for inputs, batch in ((step.qkv, step.batch), (qkv, padded(step, capacity, capacity, widest=16))):
+        result = decode_attention.attend_fused(
+            inputs.to(DEVICE), step.shape, (step.cache[0], step.cache[1]), to_device(batch), splits=splits
+        )
+        assert close(result[: len(CONTEXTS)], step.expected())
+        step.check_cache()
+    assert not counters(DEVICE).arrivals.any()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+def test_chunks_beside_decodes(heads: int, kv_heads: int, width: int) -> None:
+    step = Step(random_rows(CONTEXTS, PROMPTS), random_shape(heads, kv_heads, width, torch.float16), torch.float16)
+    assert close(chunks(step), step.expected())
+    step.check_cache()
+    assert close(chunks(step, tokens=80, rows=12), step.expected())
+    step.batch = dataclasses.replace(step.batch, decode_rows=0)
+    assert close(chunks(step), step.expected())
+
+
+@pytest.mark.parametrize(
+    ("rows", "kv_heads", "longest", "expected"),
+    [(1, 2, 4096, 64), (1, 2, 600, 10), (64, 2, 4096, 2), (256, 4, 4096, 1)],
+)
+def test_splits_fill_the_device_once(rows: int, kv_heads: int, longest: int, expected: int) -> None:
+    assert decode_attention.choose_splits(rows, kv_heads, longest, 2 * 132, 64) == expected
