@@ -18,13 +18,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
 
 from benchmarks import report
 from benchmarks.model_configs import CONFIGS
-from engines.kernels import GroupedQueries, rope_write_kv
+from engines.kernels import Fusion, GroupedQueries, PackedLinear, linear, pack_linear, rope_write_kv
 from engines.kernels.attention import grouped_query_attention
 from engines.kernels.cuda import decode_attention, prefill_attention
 from engines.models.batch import Batch
@@ -66,6 +67,7 @@ class Case:
     shape: GroupedQueries
     batch: Batch
     qkv: torch.Tensor
+    hidden: torch.Tensor
     caches: list[Cache]
 
 
@@ -106,7 +108,8 @@ def make_case(heads: Heads, counts: list[int], contexts: list[int], captured: bo
     ]
     columns = (heads.queries + 2 * heads.keys) * heads.width
     qkv = torch.randn(sum(counts), columns, device="cuda", dtype=torch.bfloat16)
-    return Case(heads.shape(), batch, qkv, caches)
+    hidden = qkv[:, : heads.queries * heads.width].contiguous()
+    return Case(heads.shape(), batch, qkv, hidden, caches)
 
 
 def microseconds(case: Case, run: Callable[[Cache], object]) -> float:
@@ -144,12 +147,16 @@ def timed(case: Case, run: Callable[[Cache], object], facts: Facts, how: str, mo
 
 
 def decode_lines(heads: Heads, sweep: bool) -> Iterator[Facts]:
+    weights = [layer_weights(heads) for _ in range(16)]
     for rows, context in DECODES:
         case = make_case(heads, [1] * rows, [context] * rows, captured=True)
         facts: Facts = {"model": heads.model, "kind": "decode", "rows": rows, "context": context}
         moved = 4 * rows * context * heads.keys * heads.width
         yield timed(case, partial(run_layer, case), facts, "chosen", moved)
         yield timed(case, partial(run_decode, case, None, None), facts, "chosen, none started early", moved)
+        for early in (True, False):
+            how = f"between its linear layers, early {early}"
+            yield timed(case, partial(run_between, case, cycle(weights), early), facts, how)
         if not sweep:
             continue
         around = decode_attention.choose_splits(rows, heads.keys, BOUND, 264, 64)
@@ -158,6 +165,22 @@ def decode_lines(heads: Heads, sweep: bool) -> Iterator[Facts]:
             tile = decode_attention.DecodeTile(keys, warps)
             how = f"keys {keys} warps {warps} splits {splits}"
             yield timed(case, partial(run_decode, case, tile, splits), facts, how, moved)
+
+
+def layer_weights(heads: Heads) -> tuple[PackedLinear, PackedLinear]:
+    """Of the layers before and behind attention."""
+    width = heads.queries * heads.width
+    qkv = torch.randn(width + 2 * heads.keys * heads.width, width, device="cuda", dtype=torch.bfloat16)
+    output = torch.randn(width, width, device="cuda", dtype=torch.bfloat16)
+    return pack_linear(qkv / width**0.5), pack_linear(output / width**0.5)
+
+
+def run_between(case: Case, weights: Iterator[tuple[PackedLinear, PackedLinear]], early: bool, cache: Cache) -> None:
+    """What a step launches around attention; the step's times show what an early start hides."""
+    before, behind = next(weights)
+    qkv = linear(case.hidden, before)
+    attended = decode_attention.attend_fused(qkv, case.shape, cache, case.batch, early=early)
+    linear(attended, behind, None, Fusion(residual=attended))
 
 
 def run_layer(case: Case, cache: Cache) -> None:

@@ -102,13 +102,16 @@ async def alone_and_flooded(load: Load, seconds: float) -> tuple[Seen, Seen]:
 
 
 @contextlib.contextmanager
-def server_of_two_tenants(folder: Path, model: str, step_seconds: float, max_concurrent: int | None) -> Iterator[int]:
+def server_of_two_tenants(
+    folder: Path, model: str, step_seconds: float, *, max_concurrent: int | None, max_batch: int | None = None
+) -> Iterator[int]:
     """Its port. ``model`` "fake" takes the fake engine; ``max_concurrent`` is the flooding tenant's."""
     flooding = {"name": "flood", "keys": [hash_key(FLOOD)], "max_concurrent": max_concurrent}
     entries = [{"name": "steady", "keys": [hash_key(STEADY)]}, flooding]
     (folder / "tenants.yaml").write_text(json.dumps({"tenants": entries}))
     fake = {"name": "fake", "kind": "fake", "fake_step_seconds": step_seconds}
-    config = {"tenants": str(folder / "tenants.yaml"), "models": [fake if model == "fake" else {"source": model}]}
+    models = [fake if model == "fake" else {"source": model}]
+    config = {"tenants": str(folder / "tenants.yaml"), "max_batch": max_batch, "models": models}
     (folder / "config.yaml").write_text(json.dumps(config))
     port = free_port()
     command = slimserve("serve", "--config", str(folder / "config.yaml"), "--port", str(port))
@@ -131,7 +134,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         server_of_two_tenants(
-            Path(folder), arguments.model, arguments.step_ms / 1000, arguments.max_concurrent
+            Path(folder), arguments.model, arguments.step_ms / 1000, max_concurrent=arguments.max_concurrent
         ) as port,
     ):
         load = Load(port, arguments.model, arguments.rate, arguments.clients, arguments.tokens)

@@ -104,7 +104,7 @@ class Step:
 
 
 def over_copies(call: Callable[[int], object]) -> float:
-    return graph_microseconds([partial(call, layer) for layer in range(COPIES)] * 2)
+    return graph_microseconds([partial(call, layer) for layer in range(COPIES)] * 5)
 
 
 class Search:

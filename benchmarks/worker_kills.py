@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -58,9 +59,15 @@ class Round:
     """Monotonic seconds; 0 where nobody was killed."""
 
     def pauses(self) -> list[float]:
-        """Of each stream that was open at the kill, seconds from it to the stream's next event."""
-        after = [[at for at in answer.times if at > self.killed_at] for answer in self.answers]
-        return [times[0] - self.killed_at for times in after if times]
+        """Of each stream that was open, seconds from the kill until it moved again.
+
+        What was on its way at the kill still arrives: the pause is the longest silence of all streams after it.
+        """
+        moments = [self.killed_at, *sorted(at for answer in self.answers for at in answer.times if at > self.killed_at)]
+        silences = [(later - earlier, later) for earlier, later in pairwise(moments)]
+        _, moved = max(silences, default=(0.0, 0.0))
+        after = [[at for at in answer.times if at >= moved] for answer in self.answers]
+        return [times[0] - self.killed_at for times in after if times and moved]
 
 
 def ask(index: int, tokens: int) -> dict[str, object]:
@@ -109,9 +116,13 @@ async def run_round(url: str, server: psutil.Process, streams: int, tokens: int,
         ]
         killed_at = 0.0
         if kill is not None:
-            # Events, not seconds: however busy the machine is, the kill falls into the middle of all streams.
+            # Events, not seconds: however busy the machine is, the kill falls into the middle of the streams.
+            await asyncio.gather(*(answer.reaches(1) for answer in answers))
             wanted = random.randrange(1, max(2, tokens // 2))
-            await asyncio.gather(*(answer.reaches(wanted) for answer in answers))
+            waits = [asyncio.create_task(answer.reaches(wanted)) for answer in answers]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
             killed_at = time.monotonic()
             worker_of(server).send_signal(kill)
         await asyncio.gather(*tasks)
@@ -147,6 +158,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             found = faults(reference, disturbed)
             totals = {key: totals[key] + count for key, count in found.items()}
             pauses = disturbed.pauses()
+            if not pauses:
+                raise SystemExit("every stream had ended before the kill; take more --tokens")
             first.append(min(pauses))
             last.append(max(pauses))
             print(f"round {number:2}: {found}; first stream moves after {first[-1]:.2f} s, last {last[-1]:.2f} s")

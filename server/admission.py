@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from server.errors import EngineUnavailable, Overloaded
+from server.errors import EngineUnavailable, InvalidRequest, Overloaded, QueueTimeout, SlimserveError
+from server.lane import Lane, Report, patience
 from server.requests import Request
-from server.worker.wire import EngineLoad, StepStats
+from server.worker.wire import EngineLoad, Refused
 
-_SMOOTHING = 0.1
-"""Weight of the newest step in the measured rate."""
-_LONGEST_RETRY_AFTER = 60.0
+RETRY_AFTER = 1.0, 30.0
+"""Shortest and longest, in seconds."""
+_JITTER = 0.2
+"""Retry-After is spread by this share to both sides, so that what was refused together does not return together."""
+_REOPEN = 0.8
+"""A class that refuses goes on until a prediction is below this share of the target."""
+_SHARE = 4
+"""A tenant takes at most this many times what is left free: alone it gets 4/5 of the room, and no two get it all.
+Dynamic thresholds of Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,96 +34,128 @@ class AdmissionLimits:
     """Seconds of predicted wait beyond which a request is refused."""
 
 
-@dataclass(slots=True)
-class _Lane:
-    """What the door knows of one engine."""
-
-    shut: str = ""
-    """Why nothing is let in; empty while the engine is ready."""
-    waiting: dict[int, int] = field(default_factory=dict)
-    """Prompt tokens by request that has no output token yet."""
-    choices: dict[int, int] = field(default_factory=dict)
-    """Choices by request that has not ended."""
-    reported_tokens: int = 0
-    """Waiting tokens in the worker's last report: those of preempted items are known only there."""
-    tokens_per_second: float = 0.0
-    """Computed tokens by device time; 0 before the first step."""
-
-    @property
-    def waiting_tokens(self) -> int:
-        return max(sum(self.waiting.values()), self.reported_tokens)
-
-    @property
-    def drain_seconds(self) -> float:
-        """Predicted time until what waits now has been computed."""
-        return self.waiting_tokens / self.tokens_per_second if self.tokens_per_second else 0.0
-
-
 class Door:
-    """Lets requests in or refuses them, from its own count of open requests and the worker's reports.
+    """Lets requests in or refuses them, from its own count of open requests and the workers' reports.
 
     A request counts as waiting from ``filed`` to ``started`` and takes room until ``ended``; so work that the worker
-    has not seen yet is counted like the rest.
+    has not seen yet is counted like the rest. One whose firm target, or whose client's patience, is shorter than its
+    predicted time to first token is refused at once, unless an idle machine would miss it too: then the target is at
+    fault and the request is served as well as can be. The prediction knows no prefix hits, and the worker has the
+    last word.
     """
 
-    def __init__(self, limits: AdmissionLimits | None = None) -> None:
-        self._limits = limits or AdmissionLimits()
-        self._lanes: dict[str, _Lane] = {}
+    def __init__(
+        self,
+        limits: AdmissionLimits | None = None,
+        *,
+        clock: Callable[[], float],
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        """``clock`` is that of ``Request.arrived``; ``chance`` gives numbers from 0 to 1."""
+        self.limits = limits or AdmissionLimits()
+        """May be replaced at any time."""
+        self._clock = clock
+        self._chance = chance
+        self._lanes: dict[str, Lane] = {}
 
     def open(self, engine: str) -> None:
-        """The engine is ready for requests."""
+        """Requests for the engine are taken."""
         self._lane(engine).shut = ""
 
     def shut(self, engine: str, reason: str) -> None:
-        """Refuse all that comes, saying why: loading, restarting, failed, shutting down. Clears the worker's report."""
+        """Refuse all that comes, saying why: loading, failed, shutting down. Clears the workers' reports."""
         lane = self._lane(engine)
         lane.shut = reason
-        lane.reported_tokens = 0
+        lane.reports.clear()
+
+    def lost(self, engine: str, worker: int) -> None:
+        """What this worker reported holds no more."""
+        self._lane(engine).reports.pop(worker, None)
 
     def check(self, request: Request) -> None:
         """Raise EngineUnavailable or Overloaded, both with ``retry_after``, when the request cannot be let in."""
         lane = self._lane(request.model)
         if lane.shut:
             raise EngineUnavailable(f"The model {request.model} is not available: {lane.shut}.", retry_after=5.0)
-        if sum(lane.choices.values()) + len(request.sampling) > self._limits.max_queue:
-            raise self._overloaded(lane, "too many requests are open")
-        if lane.waiting and lane.waiting_tokens + len(request.prompt) > self._limits.max_waiting_tokens:
-            raise self._overloaded(lane, "too many prompt tokens are waiting")
-        if lane.drain_seconds > self._limits.max_wait:
-            raise self._overloaded(lane, f"the predicted wait is {lane.drain_seconds:.0f} s")
+        now = self._clock()
+        backlog = lane.backlog(now)
+        if (full := self._full(lane, request)) is not None:
+            raise self._overloaded(*full, backlog, backlog)
+        alone = max(0.0, now - request.arrived) + len(request.prompt) * lane.prompt_token_seconds
+        if backlog > self.limits.max_wait or backlog + alone > patience(request) * _REOPEN:
+            self._check_wait(lane, request, backlog * lane.ahead(request), alone)
+        else:
+            lane.refusing.discard(request.priority)
+
+    def _full(self, lane: Lane, request: Request) -> tuple[str, str] | None:
+        """Why there is no room, for the client and for the counter."""
+        choices, tokens = len(request.sampling), len(request.prompt)
+        free_choices = self.limits.max_queue - lane.open_choices
+        free_tokens = self.limits.max_waiting_tokens - lane.known_tokens
+        if choices > free_choices:
+            return "too many requests are open", "queue_full"
+        if lane.waiting_tokens and tokens > free_tokens:
+            return "too many prompt tokens are waiting", "tokens_waiting"
+        held = lane.held(request.tenant)
+        if held.choices and held.choices + choices > free_choices * _SHARE:
+            return "too many requests of this tenant are open", "tenant_share"
+        if held.waiting_tokens and held.waiting_tokens + tokens > free_tokens * _SHARE:
+            return "too many prompt tokens of this tenant are waiting", "tenant_share"
+        return None
+
+    def _check_wait(self, lane: Lane, request: Request, queue: float, alone: float) -> None:
+        """``queue`` is the predicted wait, ``alone`` the time to the first token without any."""
+        if queue > self.limits.max_wait:
+            raise self._overloaded(f"the predicted wait is {queue:.0f} s", "predicted_wait", queue, queue)
+        target, predicted = patience(request), queue + alone
+        allowed = target * _REOPEN if request.priority in lane.refusing else target
+        if predicted <= allowed or alone > target:
+            lane.refusing.discard(request.priority)
+            return
+        lane.refusing.add(request.priority)
+        reason = f"the first token is predicted after {predicted:.1f} s, and wanted within {target:.1f} s"
+        raise self._overloaded(reason, "target", queue, predicted - target * _REOPEN, predicted)
 
     def filed(self, request: Request) -> None:
-        """The request was sent to the worker."""
-        lane = self._lane(request.model)
-        lane.waiting[request.id] = len(request.prompt)
-        lane.choices[request.id] = len(request.sampling)
+        """The request was sent to a worker."""
+        self._lane(request.model).filed(request, self._clock())
 
     def started(self, request: Request) -> None:
         """Its first output token came. Idempotent."""
-        self._lane(request.model).waiting.pop(request.id, None)
+        self._lane(request.model).started(request)
 
     def ended(self, request: Request) -> None:
         """It is over, however it ended. Idempotent."""
-        lane = self._lane(request.model)
-        lane.waiting.pop(request.id, None)
-        lane.choices.pop(request.id, None)
+        self._lane(request.model).ended(request)
 
-    def reported(self, load: EngineLoad) -> None:
-        """The worker's gauges arrived."""
-        self._lane(load.name).reported_tokens = load.waiting_tokens
+    def reported(self, load: EngineLoad, worker: int = 0) -> None:
+        """A worker's gauges arrived."""
+        self._lane(load.name).reports[worker] = Report(load, self._clock())
 
-    def stepped(self, engine: str, stats: StepStats) -> None:
-        """A step was settled: measures how fast the engine computes tokens."""
-        if stats.seconds <= 0 or not stats.tokens:
-            return
-        lane = self._lane(engine)
-        rate = stats.tokens / stats.seconds
-        previous = lane.tokens_per_second or rate
-        lane.tokens_per_second = previous + _SMOOTHING * (rate - previous)
+    def refusal(self, refused: Refused) -> SlimserveError:
+        """What the client reads where the worker refused."""
+        match refused.kind:
+            case "invalid":
+                return InvalidRequest(f"The model cannot take this request: {refused.reason}", reason="invalid")
+            case "timeout":
+                return QueueTimeout("The time that the client waits ran out before the first token.")
+            case "overload":
+                return self._overloaded(
+                    "the first token cannot come in time", "late", refused.retry_after, refused.retry_after
+                )
 
-    def _lane(self, engine: str) -> _Lane:
-        return self._lanes.setdefault(engine, _Lane())
+    def _lane(self, engine: str) -> Lane:
+        return self._lanes.setdefault(engine, Lane())
 
-    def _overloaded(self, lane: _Lane, reason: str) -> Overloaded:
-        wait = min(max(math.ceil(lane.drain_seconds), 1.0), _LONGEST_RETRY_AFTER)
-        return Overloaded(f"The server is overloaded: {reason}. Try again later.", retry_after=wait)
+    def _overloaded(
+        self, why: str, reason: str, queue: float, drain: float, predicted_ttft: float | None = None
+    ) -> Overloaded:
+        shortest, longest = RETRY_AFTER
+        spread = 1 + _JITTER * (2 * self._chance() - 1)
+        return Overloaded(
+            f"The server is overloaded: {why}. Try again later.",
+            reason=reason,
+            queue_seconds=queue,
+            predicted_ttft=predicted_ttft,
+            retry_after=min(max(min(drain, longest) * spread, shortest), longest),
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ import typer
 from rich.console import Console
 
 from engines.protocol import EngineLoadError
+from server import tenant_commands
+from server.bench.command import bench
 from server.errors import SlimserveError, UsageError
 
 app = typer.Typer(
@@ -22,6 +25,8 @@ app = typer.Typer(
     help="Serve language models behind an OpenAI-compatible API.\n\n"
     "[bold]slimserve serve[/bold] fetches a small model and serves it; [bold]slimserve chat[/bold] talks to it.",
 )
+app.add_typer(tenant_commands.app, name="tenants")
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
@@ -46,6 +51,12 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Policy(StrEnum):
+    adaptive = "adaptive"
+    aimd = "aimd"
+    static = "static"
 
 
 class LogLevel(StrEnum):
@@ -89,6 +100,10 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(help="Requests must carry it; better set as SLIMSERVE_API_KEY.", rich_help_panel=NETWORK),
+    ] = None,
+    tenants: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of tenants: key hashes, weights, quotas.", rich_help_panel=NETWORK),
     ] = None,
     allow_remote_without_key: Annotated[
         bool | None,
@@ -138,24 +153,29 @@ def serve(
     target_tpot: Annotated[
         str | None, typer.Option(help="Wanted time per output token, such as 50ms.", rich_help_panel=BATCHING)
     ] = None,
+    policy: Annotated[
+        Policy | None, typer.Option(help="What sets the size of a step.", rich_help_panel=BATCHING, show_choices=True)
+    ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="Of the log on stderr.")] = None,
 ) -> None:
     """Serve a model behind the OpenAI API. Ctrl-C lets open requests finish; a second Ctrl-C stops at once."""
     flags = {name: value for name, value in locals().items() if value is not None}
     from server.settings import load_settings
 
-    settings = load_settings(
+    read = partial(
+        load_settings,
         {name: value for name, value in flags.items() if name not in ("model", "config", "served_model_name")},
         config=config,
         model=model,
         served_model_name=served_model_name,
     )
+    settings = read()
     from server.app import serve as run
     from server.display import ServeDisplay
     from server.logs import configure_logging
 
     configure_logging(settings.log_level)
-    raise typer.Exit(run(settings, ServeDisplay(_console())))
+    raise typer.Exit(run(settings, ServeDisplay(_console()), read))
 
 
 @app.command()

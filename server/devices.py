@@ -23,6 +23,8 @@ class WorkerPlan:
     """One worker process: the device that it owns, and the engines that it holds."""
 
     device: str
+    name: str
+    """Of the device, or of one of several worker processes on the CPU."""
     specs: list[EngineSpec] = field(default_factory=list)
 
 
@@ -50,11 +52,13 @@ def assign(models: Sequence[tuple[ModelSettings, str]], *, gpus: int, max_batch:
 
     Replica r of a model goes to GPU r, or on the CPU to process r. Raises UsageError when a device is missing.
     """
-    plans: dict[tuple[str, int], WorkerPlan] = {}
+    plans: dict[str, WorkerPlan] = {}
     for entry, source in models:
         for replica in range(entry.replicas):
             device = _device(entry, replica, gpus)
-            plan = plans.setdefault((device, replica if device == "cpu" else 0), WorkerPlan(device))
+            process = replica if device == "cpu" else 0
+            name = f"{device}:{process}" if process else device
+            plan = plans.setdefault(name, WorkerPlan(device, name))
             plan.specs.append(_spec(entry, source, device, max_batch))
     return list(plans.values())
 
@@ -86,6 +90,7 @@ def _spec(entry: ModelSettings, source: str, device: str, max_batch: int | None)
         memory_limit=int(limit * device_memory(device)) if isinstance(limit, float) else limit,
         threads=entry.threads,
         random_weights=entry.random_weights,
+        uniform_routing=entry.uniform_routing,
         fake_step_seconds=entry.fake_step_seconds,
     )
 

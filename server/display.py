@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
@@ -27,6 +28,12 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def show(console: Console, text: str) -> None:
+    """Print as it is. What cannot be shown, because the disk under a redirected output is full, must stop nobody."""
+    with suppress(OSError):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class ProgressLines:
     """Shows what several things do now, each under a name; ``end`` takes a name away."""
 
@@ -41,7 +48,7 @@ class ProgressLines:
         self._shown[name] = what
         if not self._console.is_terminal:
             if changed:
-                self._console.print(f"{name}: {what}" + (f" ({size(total)})" if total else ""), highlight=False)
+                show(self._console, f"{name}: {what}" + (f" ({size(total)})" if total else ""))
             return
         if self._bars is None:
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -126,4 +133,4 @@ class ServeDisplay:
         self._lines.close()
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        show(self._console, text)

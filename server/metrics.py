@@ -1,12 +1,10 @@
-"""Every metric's name, kind, labels and buckets in one table, and the object that the rest of the server talks to."""
+"""The object that the rest of the server counts with."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -15,55 +13,14 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from engines.protocol import End
+from server.metric_table import TABLE, Metric
 from server.requests import Reply
-from server.worker.wire import LoadReport, StepStats
+from server.worker.wire import EngineLoad, LoadReport, StepStats
 
 UNKNOWN = "unknown"
-
-_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_TOKEN_GAP = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
-_SCHEDULER = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)
-_POWERS = tuple(float(2**power) for power in range(15))
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    kind: Literal["counter", "gauge", "histogram"]
-    name: str
-    """Without the prefix ``slimserve_``; counters get ``_total`` behind it."""
-    help: str
-    labels: tuple[str, ...] = ("model",)
-    buckets: tuple[float, ...] = ()
-
-
-TABLE: tuple[Metric, ...] = (
-    Metric("counter", "requests", "Requests by ending: stop, length, cancelled, error.", ("model", "ending")),
-    Metric("counter", "http_refusals", "Requests refused before they reached a model, by reason.", ("model", "reason")),
-    Metric("gauge", "requests_running", "Sequences that take part in steps."),
-    Metric("gauge", "requests_waiting", "Sequences that wait for their first step."),
-    Metric("histogram", "time_to_first_token_seconds", "From arrival to the first token.", buckets=_LATENCY),
-    Metric("histogram", "inter_token_seconds", "Between two tokens of one choice.", buckets=_TOKEN_GAP),
-    Metric("histogram", "request_seconds", "From arrival to the ending.", buckets=_LATENCY),
-    Metric("histogram", "queue_seconds", "From arrival to the first step.", buckets=_LATENCY),
-    Metric("counter", "prompt_tokens", "Prompt tokens of ended requests."),
-    Metric("counter", "generated_tokens", "Output tokens delivered."),
-    Metric("counter", "prefix_query_tokens", "Prompt tokens looked up in the prefix cache."),
-    Metric("counter", "prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
-    Metric("counter", "preemptions", "Sequences that lost their KV blocks and were computed again."),
-    Metric("gauge", "kv_blocks_used", "KV blocks that a live request refers to."),
-    Metric("gauge", "kv_blocks_cached", "KV blocks that can be found again and are free to reuse."),
-    Metric("gauge", "kv_blocks_total", "KV blocks of the model."),
-    Metric("gauge", "token_budget", "Most tokens that a step computes now."),
-    Metric("counter", "integrity_errors", "Faults that the block pool's own check found; anything but 0 is a bug."),
-    Metric("histogram", "step_batch_size", "Sequences in one step.", buckets=_POWERS[:11]),
-    Metric("histogram", "step_tokens", "Tokens computed in one step, prompt and output together.", buckets=_POWERS),
-    Metric("histogram", "step_seconds", "Time that the device worked on one step.", buckets=_TOKEN_GAP),
-    Metric("histogram", "scheduler_seconds", "Time to plan and settle one step.", buckets=_SCHEDULER),
-    Metric("gauge", "model_ready", "1 when a request for the model would be served."),
-    Metric("counter", "worker_restarts", "Starts of a worker process after the first.", ("worker",)),
-    Metric("gauge", "process_memory_bytes", "Resident memory of the API process and of each worker.", ("process",)),
-    Metric("gauge", "build_info", "1; the version is in the label.", ("version",)),
-)
+MAX_TENANTS = 100
+"""Tenants with series of their own; those beyond are counted together as ``OTHER``."""
+OTHER = "other"
 
 # Field of EngineLoad -> name of the metric
 _GAUGES = {
@@ -74,11 +31,19 @@ _GAUGES = {
     "blocks_total": "kv_blocks_total",
     "token_budget": "token_budget",
 }
+_LARGEST = {
+    "predicted_wait": "predicted_wait_seconds",
+    "step_error_p50": "step_error_p50",
+    "step_error_p95": "step_error_p95",
+}
+"""Gauges that say nothing when added up over workers."""
 _COUNTERS = {
     "preemptions": "preemptions",
     "prefix_queries": "prefix_query_tokens",
     "prefix_hits": "prefix_hit_tokens",
     "integrity_errors": "integrity_errors",
+    "computed_tokens": "computed_tokens",
+    "recomputed_tokens": "recomputed_tokens",
 }
 
 
@@ -112,19 +77,28 @@ class TokenGaps(Collector):
 class Metrics:
     """All numbers of the server. Models that are not served appear as ``unknown``, so labels stay bounded."""
 
-    def __init__(self, known_models: Iterable[str], *, version: str) -> None:
+    def __init__(self, known_models: Iterable[str], *, version: str, tenants: Iterable[str] = ()) -> None:
         self._registry = CollectorRegistry()
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
         self._histograms: dict[str, Histogram] = {}
         for metric in TABLE:
             self._register(metric)
-        self._known = frozenset(known_models)
+        self._known: frozenset[str] = frozenset()
+        self._tenants: frozenset[str] = frozenset()
         self._reports: dict[int, LoadReport] = {}
         self._gauges["build_info"].labels(version).set(1)
-        for model in self._known:
-            self._show_at_zero(model)
+        self.know(known_models, tenants)
         self._process = psutil.Process()
+
+    def know(self, models: Iterable[str], tenants: Iterable[str] = ()) -> None:
+        """What may be a label from now on, beside what was before."""
+        new = frozenset(models) - self._known
+        self._known |= new
+        for model in new:
+            self._show_at_zero(model)
+        fresh = [tenant for tenant in tenants if tenant not in self._tenants]
+        self._tenants |= frozenset(fresh[: MAX_TENANTS - len(self._tenants)])
 
     def _register(self, metric: Metric) -> None:
         name, text, labels = f"slimserve_{metric.name}", metric.help, metric.labels
@@ -154,11 +128,21 @@ class Metrics:
     def _label(self, model: str) -> str:
         return model if model in self._known else UNKNOWN
 
+    def _tenant_label(self, tenant: str) -> str:
+        return tenant if tenant in self._tenants else OTHER
+
     # --- requests
 
-    def refused(self, model: str, reason: str) -> None:
-        """``reason`` is the code or type of one of our own errors, never a client's text."""
+    def refused(self, model: str, reason: str, tenant: str = "", seconds: float | None = None) -> None:
+        """``reason`` is that of one of our own errors, never a client's text. The nameless tenant is not counted.
+
+        ``seconds`` since the arrival of a request that was refused at the door; None for one that had waited.
+        """
+        if seconds is not None:
+            self._histograms["refusal_seconds"].observe(seconds)
         self._counters["http_refusals"].labels(self._label(model), reason).inc()
+        if tenant:
+            self._counters["tenant_refusals"].labels(self._tenant_label(tenant), reason).inc()
 
     def first_token(self, model: str, seconds: float) -> None:
         """``seconds`` since the request arrived."""
@@ -177,6 +161,17 @@ class Metrics:
         self._histograms["request_seconds"].labels(model).observe(now - request.arrived)
         if reply.first_token_at is not None:
             self._histograms["queue_seconds"].labels(model).observe(reply.queue_seconds)
+        if request.tenant:
+            self._tenant_ended(reply, ending)
+
+    def _tenant_ended(self, reply: Reply, ending: End) -> None:
+        request, tenant = reply.request, self._tenant_label(reply.request.tenant)
+        self._counters["tenant_requests"].labels(tenant, ending).inc()
+        self._counters["tenant_tokens"].labels(tenant, "prompt").inc(len(request.prompt))
+        self._counters["tenant_tokens"].labels(tenant, "output").inc(sum(len(log.tokens) for log in reply.logs))
+        if reply.first_token_at is not None:
+            waited = reply.first_token_at - request.arrived
+            self._histograms["tenant_time_to_first_token_seconds"].labels(tenant).observe(waited)
 
     # --- workers
 
@@ -193,11 +188,16 @@ class Metrics:
         self._reports[worker] = report
         self._gauges["process_memory_bytes"].labels(f"worker-{worker}").set(report.rss_bytes)
         for load in report.engines:
-            before = known.get(load.name)
-            for field, name in _COUNTERS.items():
-                grown = getattr(load, field) - (0 if before is None else getattr(before, field))
-                self._counters[name].labels(load.name).inc(max(0, grown))
+            self._count_growth(load, known.get(load.name))
             self._refresh_gauges(load.name)
+
+    def _count_growth(self, load: EngineLoad, before: EngineLoad | None) -> None:
+        for field, name in _COUNTERS.items():
+            grown = getattr(load, field) - (0 if before is None else getattr(before, field))
+            self._counters[name].labels(load.name).inc(max(0, grown))
+        for reason, count in load.decisions.items():
+            grown = count - (0 if before is None else before.decisions.get(reason, 0))
+            self._counters["scheduler_decisions"].labels(load.name, reason).inc(max(0, grown))
 
     def worker_gone(self, worker: int) -> None:
         """Its gauges go; its counters stay. Its next life counts from 0 again."""
@@ -209,6 +209,14 @@ class Metrics:
     def worker_restarted(self, worker: int) -> None:
         self._counters["worker_restarts"].labels(f"worker-{worker}").inc()
 
+    def replayed(self, model: str, requests: int = 1) -> None:
+        """Open requests of a lost worker that go on elsewhere."""
+        self._counters["replayed_requests"].labels(self._label(model)).inc(requests)
+
+    def struck(self, model: str, requests: int = 1) -> None:
+        """Requests that were in the step at which a worker died and had made no progress since they last were."""
+        self._counters["strikes"].labels(self._label(model)).inc(requests)
+
     def model_ready(self, model: str, ready: bool) -> None:
         self._gauges["model_ready"].labels(model).set(ready)
 
@@ -216,6 +224,8 @@ class Metrics:
         loads = [load for report in self._reports.values() for load in report.engines if load.name == model]
         for field, name in _GAUGES.items():
             self._gauges[name].labels(model).set(sum(getattr(load, field) for load in loads))
+        for field, name in _LARGEST.items():
+            self._gauges[name].labels(model).set(max((getattr(load, field) for load in loads), default=0.0))
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""

@@ -5,10 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from engines.protocol import End, SamplingParams, TokenLogprobs
 from server.errors import SlimserveError
+
+if TYPE_CHECKING:
+    from server.worker.wire import Priority
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Seconds; None aims at nothing."""
+
+    ttft: float | None = None
+    """From arrival to the first token."""
+    tpot: float | None = None
+    """Mean of each later token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +38,19 @@ class Request:
     arrived: float
     prompt_logprobs: int | None = None
     cache_salt: str = ""
+    """Prompts of different salts share no cached prefix; it names the tenant too."""
+    priority: Priority = "normal"
+    tenant: str = ""
+    weight: float = 1.0
+    """Share of the tenant beside others of the same priority."""
+    ttft: float | None = None
+    """Target from arrival to the first token; None aims at nothing. So does ``tpot``."""
+    tpot: float | None = None
+    """Target for the mean of each later token."""
+    firm: bool = False
+    """Operator or client set the targets: refuse rather than miss the first token's."""
+    timeout: float | None = None
+    """From arrival, until the client no longer waits for the first token."""
 
 
 @dataclass(slots=True)

@@ -22,7 +22,11 @@ from pydantic_settings import (
 from yaml import YAMLError
 
 from server.errors import UsageError
+from server.requests import Targets
 from server.scheduler.config import SchedulerConfig
+from server.scheduler.law import Policy
+from server.tenants import PRIORITIES, TenantTable, read_tenants
+from server.worker.wire import Priority
 
 DEFAULT_MODEL = "smollm2-135m"
 _OTHER_VARIABLES = ("home", "url")
@@ -100,6 +104,8 @@ class ModelSettings(ModelOptions):
     """Engine. fake computes nothing: it measures and tests everything around an engine."""
     replicas: int = Field(default=1, ge=1, le=64)
     """Workers that serve this model, each on a device of its own (on the CPU: a process of its own)."""
+    uniform_routing: bool = False
+    """Draw the experts of each token at random: random weights route to a few only. For speed work, as they are."""
     fake_step_seconds: float = Field(default=0.0, ge=0, le=3600)
     """How long a step of the fake engine takes, in seconds."""
 
@@ -107,6 +113,17 @@ class ModelSettings(ModelOptions):
     def served_name(self) -> str:
         """The name that requests use."""
         return self.name or re.split(r"[/:]", self.source.rstrip("/"))[-1].split("@")[0].removesuffix(".gguf")
+
+
+class ClassTargets(BaseModel):
+    """Targets of one priority class. What is left out is as at the top level."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    target_ttft: Duration | None = Field(default=None, ge=0.0001, le=120)
+    """Wanted time to first token."""
+    target_tpot: Duration | None = Field(default=None, ge=0.0001, le=120)
+    """Wanted time per output token."""
 
 
 class Settings(ModelOptions, BaseSettings):
@@ -124,16 +141,25 @@ class Settings(ModelOptions, BaseSettings):
     """Port to listen on; 0 takes a free one."""
     api_key: SecretStr | None = None
     """Key that requests carry as ``Authorization: Bearer KEY``. Better set as SLIMSERVE_API_KEY than as a flag."""
+    tenants: Path | None = None
+    """YAML file of tenants: hashes of their keys, weights and quotas. See docs/api.md."""
+    admin_key: SecretStr | None = None
+    """Key that opens /admin, also from other machines. Without it /admin answers this machine alone."""
     allow_remote_without_key: bool = False
     """Permit a host other than loopback without an API key: everyone who reaches the port may use the models."""
     max_batch: int | None = Field(default=None, ge=1, le=4096)
     """Most sequences in one step. Default: derived from the machine."""
     max_delay: Duration = Field(default=0.0, ge=0, le=10)
     """Longest time that a one-shot request waits for others to share its step; a stream never waits."""
-    target_ttft: Duration | None = Field(default=None, gt=0, le=120)
-    """Wanted time to first token; bounds how much prompt one step takes in."""
-    target_tpot: Duration | None = Field(default=None, gt=0, le=120)
+    target_ttft: Duration | None = Field(default=None, ge=0.0001, le=120)
+    """Wanted time to first token. A request that must miss it is refused with 503, as soon as that is known."""
+    target_tpot: Duration | None = Field(default=None, ge=0.0001, le=120)
     """Wanted time per output token; bounds how much prompt may join a step that decodes."""
+    classes: dict[Priority, ClassTargets] = {}
+    """Targets of the priority classes high, normal and low, where they differ from those at the top level."""
+    policy: Policy = "adaptive"
+    """What sets the size of a step: the measured step times and deadlines (adaptive), a rule that halves and doubles
+    (aimd), or nothing (static)."""
     prefix_cache: bool = True
     """Reuse the KV blocks of a prompt beginning that was computed before."""
     grace: Duration = Field(default=30.0, ge=0, le=3600)
@@ -146,6 +172,8 @@ class Settings(ModelOptions, BaseSettings):
     """Restarts of a worker without one completed step in between before it is given up."""
     max_queue: int = Field(default=2048, ge=1)
     """Most choices of one model running and waiting; a request beyond gets 503 with Retry-After."""
+    max_wait: Duration = Field(default=120.0, gt=0, le=3600)
+    """Predicted wait beyond which a request gets 503 with Retry-After."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged to stderr."""
 
@@ -160,6 +188,20 @@ class Settings(ModelOptions, BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
 
+    def tenant_table(self) -> TenantTable:
+        """Reads the tenants file. Raises UsageError."""
+        keys = () if self.api_key is None else (self.api_key.get_secret_value(),)
+        admin = None if self.admin_key is None else self.admin_key.get_secret_value()
+        return TenantTable(() if self.tenants is None else read_tenants(self.tenants), keys, admin)
+
+    def targets(self) -> dict[str, Targets]:
+        """By priority class."""
+        found: dict[str, Targets] = {}
+        for priority in PRIORITIES:
+            own = self.classes.get(priority, ClassTargets())
+            found[priority] = Targets(own.target_ttft or self.target_ttft, own.target_tpot or self.target_tpot)
+        return found
+
     def scheduler_config(self) -> SchedulerConfig:
         return SchedulerConfig(
             max_batch=self.max_batch,
@@ -167,6 +209,7 @@ class Settings(ModelOptions, BaseSettings):
             target_ttft=self.target_ttft,
             target_tpot=self.target_tpot,
             prefix_cache=self.prefix_cache,
+            policy=self.policy,
         )
 
 
@@ -224,7 +267,9 @@ def _explain(location: tuple[int | str, ...], message: str) -> str:
     key = ".".join(str(part) for part in location)
     if message != "Extra inputs are not permitted":
         return f"{key}: {message.removeprefix('Value error, ')}"
-    known = ModelSettings.model_fields if len(location) > 1 else Settings.model_fields
+    known = Settings.model_fields
+    if len(location) > 1:
+        known = ClassTargets.model_fields if location[0] == "classes" else ModelSettings.model_fields
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"{key}: unknown option" + (f"; did you mean {close[0]}?" if close else "")
 
@@ -246,10 +291,12 @@ def _check(settings: Settings) -> None:
             raise UsageError(f"{entry.served_name!r} is no model name; choose one with --served-model-name")
         if names.count(entry.served_name) > 1:
             raise UsageError(f"models: two entries are served as {entry.served_name}; give one another name")
-    if not is_loopback(settings.host) and settings.api_key is None and not settings.allow_remote_without_key:
+    settings.tenant_table()
+    locked = settings.api_key is not None or settings.tenants is not None
+    if not is_loopback(settings.host) and not locked and not settings.allow_remote_without_key:
         raise UsageError(
             f"--host {settings.host} can be reached from other machines and no API key is set: set SLIMSERVE_API_KEY"
-            " or --api-key, or permit access without a key with --allow-remote-without-key"
+            ", --api-key or --tenants, or permit access without a key with --allow-remote-without-key"
         )
 
 

@@ -10,8 +10,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 def metric(url: str, name: str, **labels: str) -> float:
+    """``value`` of the page that a server gives."""
+    return value(httpx.get(f"{url}/metrics", timeout=10).raise_for_status().text, name, **labels)
+
+
+def value(page: str, name: str, **labels: str) -> float:
     """Sum of all samples of this name whose labels include the given ones. Raises KeyError where there is none."""
-    page = httpx.get(f"{url}/metrics", timeout=10).raise_for_status().text
     values = [
         sample.value
         for family in text_string_to_metric_families(page)

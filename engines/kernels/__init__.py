@@ -15,12 +15,10 @@ from engines.kernels.experts import (
     RoutingRule,
     mixture,
     pack_experts,
-    shared_experts,
 )
 from engines.kernels.latent_attention import LatentQueries, LatentUp, latent_attention, pack_latent_up
 from engines.kernels.linear import PLAIN, Fusion, PackedLinear, RmsNorm, compose_output, linear, pack_linear
 from engines.kernels.native import NativeStatus, native_status
-from engines.kernels.prefetch import join_prefetches, prefetch
 from engines.kernels.reference import AttentionBatch
 from engines.kernels.sampling import gumbel_noise
 
@@ -43,7 +41,6 @@ __all__ = [
     "grouped_query_attention",
     "gumbel_noise",
     "latent_attention",
-    "join_prefetches",
     "linear",
     "mixture",
     "mla_attention",
@@ -52,9 +49,7 @@ __all__ = [
     "pack_latent_up",
     "pack_linear",
     "paged_attention",
-    "prefetch",
     "rms_norm",
-    "shared_experts",
     "rope_",
     "rope_write_kv",
     "silu_mul",

@@ -96,14 +96,6 @@ class PackedExperts:
     """On a GPU: all of them."""
 
 
-def shared_experts(packed: PackedExperts) -> tuple[torch.Tensor, ...]:
-    """What every step reads on a GPU, whatever its routing."""
-    stacks = packed.stacks
-    if stacks is None or not stacks.shared:
-        return ()
-    return stacks.gate_up[-stacks.shared :], stacks.down[-stacks.shared :]
-
-
 def pack_experts(
     gate_up: Sequence[torch.Tensor],
     down: Sequence[torch.Tensor],

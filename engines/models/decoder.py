@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engines.kernels import Fusion, GroupedQueries, RmsNorm, grouped_query_attention, prefetch
+from engines.kernels import Fusion, GroupedQueries, RmsNorm, grouped_query_attention
 from engines.models.batch import Batch, KvLayout, LayerCache
 from engines.models.config import DecoderConfig
 from engines.models.layers import Linear, ModelBuilder
@@ -31,12 +31,9 @@ class GroupedQueryAttention:
         self.output: Linear = builder.linear(
             {f"{name}.o_proj": config.hidden}, config.heads * width, "in", config.output_bias
         )
-        self.upcoming: tuple[torch.Tensor, ...] = ()
-        """Weights that the layer reads after attention; set when all of them are there."""
 
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch, cache: LayerCache) -> torch.Tensor:
         qkv = self.qkv(hidden, Fusion(norm=norm))
-        prefetch(self.upcoming)
         attended = grouped_query_attention(qkv, self.shape, cache, batch)
         return self.output(attended, Fusion(residual=hidden))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engines.kernels import Fusion, LatentQueries, RmsNorm, latent_attention, pack_latent_up, prefetch
+from engines.kernels import Fusion, LatentQueries, RmsNorm, latent_attention, pack_latent_up
 from engines.models.batch import Batch, KvLayout, LayerCache
 from engines.models.config import DeepseekConfig
 from engines.models.experts import Experts
@@ -39,8 +39,6 @@ class LatentAttention:
         self.output: Linear = builder.linear(
             {f"{name}.o_proj": config.hidden}, config.heads * config.value_dim, "in", config.attention_bias
         )
-        self.upcoming: tuple[torch.Tensor, ...] = ()
-        """Weights that the layer reads after attention; set when all of them are there."""
 
     def _take_inputs(self, config: DeepseekConfig, builder: ModelBuilder, name: str) -> None:
         query_width = config.heads * self.head_width
@@ -65,7 +63,6 @@ class LatentAttention:
             queries = self.query(inputs[:, : self.query_rank], Fusion(norm=self.query_norm))
         else:
             queries = self.query(hidden, Fusion(norm=norm))
-        prefetch(self.upcoming)
         attended = latent_attention(queries, latents, self.shape, cache, batch)
         return self.output(attended, Fusion(residual=hidden))
 

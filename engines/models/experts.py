@@ -34,11 +34,6 @@ class Experts:
         self.router = Router(pack_linear(weight), correction, rule)
         self.products = builder.experts(name, config, hidden)
 
-    @property
-    def storage(self) -> tuple[torch.Tensor, ...]:
-        """What every step reads in full."""
-        return self.products.storage
-
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:
         """The residual stream, (T, hidden), in and out."""
         return self.products(hidden, norm, self.router, batch)

@@ -21,13 +21,7 @@ class Linear:
 
     def __init__(self, method: Method, weights: Any) -> None:
         self._apply = method.apply
-        self._storage = method.storage
         self._weights = weights
-
-    @property
-    def storage(self) -> tuple[torch.Tensor, ...]:
-        """What every call reads in full."""
-        return self._storage(self._weights)
 
     def __call__(self, x: torch.Tensor, fusion: Fusion = PLAIN) -> torch.Tensor:
         """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
@@ -39,13 +33,7 @@ class ExpertProducts:
 
     def __init__(self, method: Method, weights: Any) -> None:
         self._apply = method.apply_experts
-        self._storage = method.expert_storage
         self._weights = weights
-
-    @property
-    def storage(self) -> tuple[torch.Tensor, ...]:
-        """What every call reads in full."""
-        return self._storage(self._weights)
 
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, router: Router, batch: Batch) -> torch.Tensor:
         """(T, hidden) -> (T, hidden): the residual stream in and out."""
@@ -58,11 +46,6 @@ class Mlp:
     def __init__(self, gate_up: Linear, down: Linear) -> None:
         self.gate_up = gate_up
         self.down = down
-
-    @property
-    def storage(self) -> tuple[torch.Tensor, ...]:
-        """What every call reads in full, in this order."""
-        return *self.gate_up.storage, *self.down.storage
 
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:
         """(T, hidden) -> (T, hidden): the residual stream in and out."""

@@ -83,9 +83,6 @@ def build_model(
         layout = deepseek.kv_layout(config)
     else:
         layers, layout = decoder.build_layers(config, builder, cos_sin), decoder.kv_layout(config, builder)
-    if not builder.counting:
-        for layer in layers:
-            layer.attention.upcoming = (*layer.attention.output.storage, *layer.feed_forward.storage)
     head = builder.plain(embedding if config.tied_head else builder.tensor(HEAD, shape))
     # On the CPU a tied head is a second, packed copy.
     copied = embedding.nbytes if config.tied_head and source.placement.device.type == "cpu" else 0

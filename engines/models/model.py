@@ -8,25 +8,17 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from engines.kernels import Fusion, RmsNorm, join_prefetches
+from engines.kernels import Fusion, RmsNorm
 from engines.models.batch import Batch, KvLayout, LayerCache
 from engines.models.layers import Linear
 
 
 class Attention(Protocol):
-    output: Linear
-    upcoming: tuple[torch.Tensor, ...]
-    """Weights that the layer reads after attention."""
-
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch, cache: LayerCache) -> torch.Tensor:
         """The residual stream, (T, hidden), and its norm before attention -> the stream after; writes the step's KV."""
 
 
 class FeedForward(Protocol):
-    @property
-    def storage(self) -> tuple[torch.Tensor, ...]:
-        """What every step reads in full, in the order in which it does."""
-
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:
         """The residual stream, (T, hidden), and its norm before the layer -> the stream after."""
 
@@ -62,7 +54,6 @@ class Model:
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden = layer.attention(hidden, layer.attention_norm, batch, cache)
             hidden = layer.feed_forward(hidden, layer.feed_forward_norm, batch)
-        join_prefetches(hidden.device)
         return hidden
 
     @torch.inference_mode()

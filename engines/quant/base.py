@@ -77,12 +77,6 @@ class QuantMethod(Protocol[Raw, Ready, Grouped]):
     def apply(self, weights: Ready, x: torch.Tensor, fusion: Fusion) -> torch.Tensor:
         """(T, in) -> (T, out) in x's dtype, with what ``fusion`` does before and after the product."""
 
-    def storage(self, weights: Ready) -> tuple[torch.Tensor, ...]:
-        """What ``apply`` reads in full, whatever x."""
-
-    def expert_storage(self, weights: Grouped) -> tuple[torch.Tensor, ...]:
-        """The same of ``apply_experts``: the shared experts."""
-
     def finish_experts(
         self, gate_up: list[Raw], down: list[Raw], shared: tuple[Raw, Raw], experts_per_token: int
     ) -> Grouped:

@@ -54,12 +54,6 @@ class DenseMethod:
     def apply(self, weights: PackedWeights, x: torch.Tensor, fusion: Fusion) -> torch.Tensor:
         return kernels.linear(x, weights.packed, weights.bias, fusion)
 
-    def storage(self, weights: PackedWeights) -> tuple[torch.Tensor, ...]:
-        return (weights.packed.weight.t(),) if weights.packed.layout == "turned" else (weights.packed.weight,)
-
-    def expert_storage(self, weights: PackedExperts) -> tuple[torch.Tensor, ...]:
-        return kernels.shared_experts(weights)
-
     def finish_experts(
         self,
         gate_up: list[DenseWeights],

@@ -28,6 +28,7 @@ from server.api.replies import (
     Usage,
 )
 from server.api.schemas import ChatBody, Message
+from server.api.service import read_service
 from server.api.sse import EventStream, event
 from server.api.state import ServedModel
 from server.errors import InvalidRequest
@@ -38,6 +39,7 @@ async def chat_completions(http_request: HttpRequest) -> Response:
     state = api_state(http_request)
     arrived = state.clock()
     body = await read_body(http_request, ChatBody)
+    service = read_service(state, http_request, body)
     model = find_model(state, body.model)
     kwargs = body.chat_template_kwargs or {}
     opened = body.add_generation_prompt is not False
@@ -53,7 +55,7 @@ async def chat_completions(http_request: HttpRequest) -> Response:
         cache_salt=body.cache_salt or "",
     )
     options = TextOptions(body.stops, thinking if model.text.reasoning else None, body.skip_special_tokens is not False)
-    generation = Generation(state, model, [request], options)
+    generation = Generation(state, model, [request], options, service)
     completion_id = f"chatcmpl-{secrets.token_hex(12)}"
     if body.stream:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)

@@ -25,6 +25,7 @@ from server.api.generation import (
 )
 from server.api.replies import LOWEST_LOGPROB, FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
 from server.api.schemas import MAX_CHOICES, MAX_PROMPTS, CompletionBody
+from server.api.service import read_service
 from server.api.sse import EventStream, event
 from server.api.state import ApiState, ServedModel
 from server.errors import InvalidRequest
@@ -47,10 +48,11 @@ async def completions(http_request: HttpRequest) -> Response:
     state = api_state(http_request)
     arrived = state.clock()
     body = await read_body(http_request, CompletionBody)
+    service = read_service(state, http_request, body)
     model = find_model(state, body.model)
     prompts = await off_loop(state, read_prompts, body, model)
     options = TextOptions(body.stops, skip_special_tokens=body.skip_special_tokens is not False)
-    generation = Generation(state, model, _requests(state, body, model, prompts, arrived), options)
+    generation = Generation(state, model, _requests(state, body, model, prompts, arrived), options, service)
     shape = CompletionShape(generation, prompts, body)
     if body.stream:
         return EventStream(generation, shape, state.settings.keep_alive)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server.errors import InternalError, InvalidRequest, SlimserveError, Unauthorized
+from server.errors import InternalError, InvalidRequest, Overloaded, SlimserveError, Unauthorized
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,10 @@ class ErrorDetail(msgspec.Struct, frozen=True):
     type: str
     param: str | None
     code: str | None
+    predicted_ttft_ms: float | msgspec.UnsetType = msgspec.UNSET
+    """Of a request that is refused because it would come too late."""
+    queue_seconds: float | msgspec.UnsetType = msgspec.UNSET
+    """Predicted wait behind others."""
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -37,7 +41,15 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 def error_body(error: SlimserveError) -> bytes:
-    return msgspec.json.encode(ErrorBody(ErrorDetail(error.message, error.type, error.param, error.code)))
+    detail = ErrorDetail(error.message, error.type, error.param, error.code)
+    if isinstance(error, Overloaded):
+        ttft, queue = error.predicted_ttft, error.queue_seconds
+        detail = msgspec.structs.replace(
+            detail,
+            predicted_ttft_ms=msgspec.UNSET if ttft is None else round(ttft * 1000, 1),
+            queue_seconds=msgspec.UNSET if queue is None else round(queue, 3),
+        )
+    return msgspec.json.encode(ErrorBody(detail))
 
 
 def error_headers(error: SlimserveError) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,11 +16,20 @@ class Exchange:
     """Waits for several replies at once. As a context manager it closes them all at the end, however that comes."""
 
     def __init__(
-        self, replies: Sequence[Reply], receive: Receive, *, max_pending_tokens: int | None, tick: float | None = None
+        self,
+        replies: Sequence[Reply],
+        receive: Receive,
+        on_exit: Callable[[], None],
+        *,
+        max_pending_tokens: int | None,
+        tick: float | None = None,
     ) -> None:
-        """``tick``: ``next`` gives an empty list after this many seconds without news; None never does."""
+        """``on_exit`` is called once all replies are closed.
+
+        ``tick``: ``next`` gives an empty list after this many seconds without news; None never does."""
         self._replies = replies
         self._receive = receive
+        self._on_exit = on_exit
         self._tick = tick
         self._quiet = False
         self._left = False
@@ -40,6 +49,7 @@ class Exchange:
     ) -> None:
         for reply in self._replies:
             reply.close()
+        self._on_exit()
         self._watcher.cancel()
         if self._timer is not None:
             self._timer.cancel()

@@ -15,6 +15,7 @@ from server.api.choices import ChoiceText, Delta, TextOptions
 from server.api.exchange import Exchange
 from server.api.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from server.api.schemas import GenerationBody
+from server.api.service import Service
 from server.api.state import ApiState, ServedModel
 from server.errors import InternalError, InvalidRequest, ModelNotFound, SlimserveError
 from server.requests import ChoiceNews, Reply, Request
@@ -109,9 +110,11 @@ class Generation:
         model: ServedModel,
         requests: Sequence[Request],
         options: TextOptions,
+        service: Service,
     ) -> None:
         self.model = model
-        self.requests = requests
+        self.requests = [service.apply(request) for request in requests]
+        self._tenant = service.tenant.name
         self.created = int(state.wall_clock())
         self.fingerprint = f"fp_{model.manifest.fingerprint[:12]}"
         self.choices = [
@@ -137,10 +140,17 @@ class Generation:
         except SlimserveError as error:
             for reply in self._replies:
                 reply.close()
-            self._state.metrics.refused(self.model.name, error.code or error.type)
+            seconds = self._state.clock() - self.requests[0].arrived
+            self._state.metrics.refused(self.model.name, error.reason, self._tenant, seconds)
             raise
+        self._state.quotas.charge(self._tenant, sum(len(request.prompt) for request in self.requests))
         limit = None if tick is None else self._state.settings.max_pending_tokens * self._per_request
-        return Exchange(self._replies, receive, max_pending_tokens=limit, tick=tick)
+        return Exchange(self._replies, receive, self._charge_output, max_pending_tokens=limit, tick=tick)
+
+    def _charge_output(self) -> None:
+        """What was computed counts, also where the client left before it had it all."""
+        tokens = sum(len(log.tokens) for reply in self._replies for log in reply.logs)
+        self._state.quotas.charge(self._tenant, tokens)
 
     def read(self, news: Sequence[tuple[int, ChoiceNews]]) -> list[tuple[int, Delta]]:
         """Text that the news adds, by choice index."""

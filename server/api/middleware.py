@@ -1,19 +1,16 @@
-"""Pure ASGI middleware, from the outside in: RequestIds, ApiKeys, ConnectionLimit, BodyLimit."""
+"""Pure ASGI middleware, from the outside in: RequestIds, those of ``callers``, ConnectionLimit, BodyLimit."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 import secrets
-from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import INTERNAL, error_response
-from server.errors import BodyTooLarge, Overloaded, RequestTimeout, SlimserveError, Unauthorized
+from server.errors import BodyTooLarge, Overloaded, RequestTimeout, SlimserveError
 from server.requests import ClientGone
 
 log = logging.getLogger(__name__)
@@ -55,28 +52,6 @@ class RequestIds:
             log.exception("request %s failed", request_id)
             if not started:
                 await error_response(INTERNAL)(scope, receive, send_with_id)
-
-
-class ApiKeys:
-    """Refuses all but ``OPEN_PATHS`` without one of the keys. Without keys it lets everything pass."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(scope):
-            refusal = Unauthorized("A valid API key is needed: Authorization: Bearer KEY")
-            return await error_response(refusal)(scope, receive, send)
-        await self._app(scope, receive, send)
-
-    def _knows(self, scope: Scope) -> bool:
-        if not self._digests:
-            return True
-        scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        found = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(found)
 
 
 class ConnectionLimit:

@@ -158,6 +158,16 @@ class Detokenized(msgspec.Struct, frozen=True):
     prompt: str
 
 
+class ReloadOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reload changes. Models load and drain after the answer: ``/health/ready`` tells how far they are."""
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+    settings: list[str]
+    """Names of changed settings beside the models."""
+
+
 class Version(msgspec.Struct, frozen=True):
     version: str
 

@@ -11,11 +11,13 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from server.api.admin import reload
+from server.api.callers import ApiKeys, TenantQuotas
 from server.api.chat import chat_completions
 from server.api.completions import completions
 from server.api.errors import ErrorBody, add_error_handlers
 from server.api.health import live, metrics, ready, version
-from server.api.middleware import ApiKeys, BodyLimit, ConnectionLimit, RequestIds
+from server.api.middleware import BodyLimit, ConnectionLimit, RequestIds
 from server.api.models import get_model, list_models
 from server.api.replies import (
     ChatChunk,
@@ -25,6 +27,7 @@ from server.api.replies import (
     ModelCard,
     ModelList,
     Readiness,
+    ReloadOutcome,
     TextCompletion,
     Tokenized,
     Version,
@@ -45,16 +48,21 @@ _ANSWERS = (
     Version,
     Liveness,
     Readiness,
+    ReloadOutcome,
     ErrorBody,
 )
 _ERRORS = {
     400: "The request is wrong; param names the field",
     401: "No valid API key",
+    403: "The key does not open this",
     404: "No such model or route",
     408: "The body did not arrive in time",
+    409: "A reload or a load goes on",
     413: "The body is too large",
+    429: "The quota of the tenant is used up; see Retry-After and x-ratelimit-*",
     500: "A fault of the server; nothing more is told",
     503: "Overloaded, or the model is not ready; see Retry-After",
+    504: "The client's own timeout ran out before the first token",
 }
 
 
@@ -73,10 +81,15 @@ def create_api(state: ApiState) -> FastAPI:
     _get(app, "/health/ready", ready, Readiness)
     _get(app, "/version", version, Version, 503)
     app.add_api_route("/metrics", metrics, responses=_errors(401, 503) | {200: {"content": {"text/plain": {}}}})
+    if state.reload is not None:
+        content = {"application/json": {"schema": _reference(ReloadOutcome)}}
+        answers = _errors(400, 401, 409, 503) | {200: {"content": content}}
+        app.add_api_route("/admin/reload", reload, methods=["POST"], responses=answers)
     settings = state.settings
     app.add_middleware(BodyLimit, limit=settings.max_body, timeout=settings.body_timeout)
     app.add_middleware(ConnectionLimit, limit=settings.max_connections)
-    app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(TenantQuotas, state=state)
+    app.add_middleware(ApiKeys, state=state)
     app.add_middleware(RequestIds)
     app.openapi = _describe(app, sorted(state.models))  # type: ignore[method-assign]
     return app

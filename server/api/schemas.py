@@ -74,6 +74,15 @@ class StreamOptions(Body):
     include_obfuscation: RefusedUnlessFalse = None
 
 
+class ServiceLevel(Body):
+    """Targets in milliseconds. A request whose first token must come too late is refused instead."""
+
+    ttft_ms: Annotated[float, Field(ge=1, le=600_000)] | None = None
+    """From arrival to the first token. Default: the server's for the class."""
+    tpot_ms: Annotated[float, Field(ge=0.1, le=60_000)] | None = None
+    """Mean of each later token."""
+
+
 class GenerationBody(Body):
     """What chat and text completions have in common."""
 
@@ -112,6 +121,10 @@ class GenerationBody(Body):
     """Leave special tokens out of the text. Default true."""
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     """Requests of different salts share no cached prefix."""
+    priority: Literal["high", "normal", "low"] | None = None
+    """Class of the request; higher ones go first, and none starves. Default normal."""
+    slo: ServiceLevel | None = None
+    """Latency that the request wants."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
@@ -262,5 +275,5 @@ class DetokenizeBody(Body):
 
 REQUEST_BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
 FIELD_NAMES = frozenset(
-    name for model in (*REQUEST_BODIES, Message, TextPart, StreamOptions) for name in model.model_fields
+    name for model in (*REQUEST_BODIES, Message, TextPart, StreamOptions, ServiceLevel) for name in model.model_fields
 )

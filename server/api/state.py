@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal
 
 from engines.manifest import Manifest
+from server.api.replies import ReloadOutcome
 from server.metrics import Metrics
-from server.requests import Dispatcher
+from server.quotas import Quotas
+from server.requests import Dispatcher, Targets
+from server.tenants import TenantTable
 from server.text import ModelText
 
 EngineState = Literal["starting", "loading", "ready", "restarting", "failed", "draining"]
@@ -42,10 +45,8 @@ class ReadyState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiSettings:
-    """Limits and secrets of the HTTP side. Sizes in bytes, times in seconds."""
+    """Limits of the HTTP side. Sizes in bytes, times in seconds."""
 
-    api_keys: tuple[str, ...] = ()
-    """Keys that open all routes; none leaves them open to everyone who reaches the port."""
     max_body: int = 8 << 20
     body_timeout: float = 30.0
     """For a whole request body to arrive."""
@@ -70,6 +71,8 @@ class ServedModel:
 
 @dataclass(slots=True, kw_only=True)
 class ApiState:
+    """A reload may replace ``models``, ``tenants`` and ``targets``."""
+
     models: Mapping[str, ServedModel]
     dispatcher: Dispatcher
     metrics: Metrics
@@ -82,7 +85,16 @@ class ApiState:
     executor: Executor
     """Tokenizing and templates run here, off the event loop; its worker count bounds them."""
     version: str
+    reload: Callable[[], Awaitable[ReloadOutcome]] | None = None
+    """Reads the settings again and follows them. Raises InvalidRequest, Conflict or EngineUnavailable."""
+    tenants: TenantTable = field(default_factory=TenantTable)
+    targets: Mapping[str, Targets] = field(default_factory=dict)
+    """By priority class."""
+    quotas: Quotas = field(init=False)
     _request_ids: itertools.count[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        self.quotas = Quotas(self.clock)
 
     def next_request_id(self) -> int:
         return next(self._request_ids)

@@ -80,14 +80,18 @@ class BlockPool:
 
         Returns None, and changes nothing, where fewer than ``keep`` blocks would stay available.
         """
-        unused = sum(1 for block in matched if self._references[block] == 0)
-        if self.available - unused - count < keep:
+        if not self.can_reserve(matched, count, keep):
             return None
         for block in matched:
             if self._references[block] == 0:
                 del self._cached[block]
             self._references[block] += 1
         return [self._take() for _ in range(count)]
+
+    def can_reserve(self, matched: Sequence[int], count: int, keep: int = 0) -> bool:
+        """``reserve`` would give blocks."""
+        unused = sum(1 for block in matched if self._references[block] == 0)
+        return self.available - unused - count >= keep
 
     def commit(self, block: int, digest: bytes) -> None:
         """Make a used block findable, once. Where equal content is findable already, nothing changes."""

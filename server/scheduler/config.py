@@ -6,6 +6,8 @@ import math
 
 import msgspec
 
+from server.scheduler.law import Policy
+
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds and targets of one worker's scheduler. Times in seconds. Raises ValueError for a value out of range."""
@@ -21,6 +23,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     target_tpot: float | None = None
     """Wanted mean time of each later token."""
     prefix_cache: bool = True
+    policy: Policy = "adaptive"
+    """What bounds and orders steps: deadlines and measured step times, a rule of thumb, or ``token_budget`` alone."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "token_budget"):

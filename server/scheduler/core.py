@@ -9,20 +9,22 @@ with at most two steps launched and not yet settled, which are settled in the or
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from engines.protocol import Capacity, StepPlan, StepResult
+from engines.protocol import Capacity, StepPlan, StepResult, StepSample
 from server.scheduler.config import SchedulerConfig
+from server.scheduler.drops import Dropped
 from server.scheduler.items import ItemUpdate, StepWork
+from server.scheduler.law import LAWS, Law
 from server.scheduler.one_shot import OneShotLane
 from server.scheduler.sequences import SequenceLane
 from server.worker.wire import EngineLoad, Item
 
-__all__ = ["MAX_IN_FLIGHT", "DynamicBatchScheduler", "ItemUpdate", "StepWork"]
+__all__ = ["MAX_IN_FLIGHT", "Dropped", "DynamicBatchScheduler", "ItemUpdate", "StepWork"]
 
 MAX_IN_FLIGHT = 2
 """Steps launched and not settled: one runs, the next waits for it on the device."""
@@ -44,24 +46,40 @@ class _Engine:
         return self.one_shot if item.rows else self.sequences
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Ticket:
     plan: StepPlan
     work: StepWork
     lane: Lane
+    began: float
+    """When the device should have begun it."""
+    alone: bool = False
+
+    def remaining(self, now: float) -> float:
+        """Seconds that the device still works on it, as predicted. Bounded, whatever the clock does."""
+        return min(max(self.began + self.work.seconds - now, 0.0), self.work.seconds)
 
 
 class DynamicBatchScheduler:
     """All items of all engines of one worker. One thread calls it; times are seconds of one monotonic clock."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, law: Law | None = None, *, last_step: int = 0) -> None:
+        """``law`` says which rules hold, one by one; by default those of ``config.policy``.
+
+        ``last_step`` is that of the scheduler whose engines this one takes over: its steps are numbered on from there.
+        """
         self._config = config
+        self._law = law or LAWS[config.policy]
         self._engines: dict[str, _Engine] = {}
         self._lanes: list[Lane] = []  # the one that was planned longest ago comes first
         self._in_flight: deque[_Ticket] = deque()
-        self._step = 0
+        self._step = last_step
         self._arrival = 0
         self._settled_work = StepWork()
+        self._suspect_next = True
+        self._planned_at = 0.0
+        self._unheard = 0.0
+        self._dropped: list[Dropped] = []
 
     @property
     def in_flight(self) -> tuple[StepPlan, ...]:
@@ -70,15 +88,21 @@ class DynamicBatchScheduler:
 
     @property
     def settled_work(self) -> StepWork:
-        """Size of the step that was settled last."""
+        """Size of the step that was settled last, and what it was predicted to take."""
         return self._settled_work
 
-    def add_engine(self, name: str, capacity: Capacity, fingerprint: str) -> None:
-        """Serve an engine from now on. Raises ValueError where the name is taken."""
+    @property
+    def last_step(self) -> int:
+        """Number of the last planned step."""
+        return self._step
+
+    def add_engine(self, name: str, capacity: Capacity, fingerprint: str, profile: Sequence[StepSample] = ()) -> None:
+        """Serve an engine from now on; ``profile`` is what it measured at load. Raises ValueError for a name in use."""
         if name in self._engines:
             raise ValueError(f"engine {name} is here already")
         engine = _Engine(
-            SequenceLane(name, capacity, fingerprint, self._config), OneShotLane(name, capacity, self._config)
+            SequenceLane(name, capacity, fingerprint, self._config, self._law, profile),
+            OneShotLane(name, capacity, self._config, self._law),
         )
         self._engines[name] = engine
         self._lanes.extend(engine.lanes)
@@ -89,11 +113,16 @@ class DynamicBatchScheduler:
         Raises KeyError for an unknown name.
         """
         engine = self._engines.pop(name)
+        self._dropped += [dropped for lane in engine.lanes for dropped in lane.dropped()]
         self._lanes = [lane for lane in self._lanes if lane not in engine.lanes]
         return [ItemUpdate(item=item, end="error") for lane in engine.lanes for item in lane.drain()]
 
     def offer(self, items: list[Item], now: float) -> str | None:
-        """Take all items of one request, or none. Returns None where they are taken, else why not, for the client."""
+        """Take all items of one request, or none. Returns None where they are taken, else why not, for the client.
+
+        After a settle, the loop was deaf while it waited for the step: an item that is offered then counts as having
+        come when that began, or its deadline would be up to a step too late.
+        """
         if not items:
             return "the request has no items"
         engine = self._engines.get(items[0].engine)
@@ -107,6 +136,8 @@ class DynamicBatchScheduler:
         for item in items:
             if reason := lane.refusal(item):
                 return reason
+        if self._unheard:
+            items = [msgspec.structs.replace(item, waited=item.waited + self._unheard) for item in items]
         lane.offer(items, self._arrival, now)
         self._arrival += len(items)
         return None
@@ -123,18 +154,49 @@ class DynamicBatchScheduler:
         ``capacity`` is the engines' present one, by name; only ``graph_rows`` may differ from that of ``add_engine``.
         Engines take turns: of those with something to run, the one planned longest ago is next.
         """
-        if len(self._in_flight) >= MAX_IN_FLIGHT:
+        self._planned_at, self._unheard = now, 0.0
+        if len(self._in_flight) >= MAX_IN_FLIGHT or any(ticket.alone for ticket in self._in_flight):
             return None
+        suspects = [lane for lane in self._lanes if lane.has_suspect]
+        if suspects and self._suspect_next:
+            # It must be alone on the device, so that a death in its step tells something: what is there ends first.
+            return None if self._in_flight else self._plan_suspect(suspects, now, capacity) or self._plan(now, capacity)
+        self._suspect_next = True
+        plan = self._plan(now, capacity)
+        if plan is None and suspects and not self._in_flight:
+            return self._plan_suspect(suspects, now, capacity)
+        return plan
+
+    def _plan(self, now: float, capacity: Mapping[str, Capacity]) -> StepPlan | None:
+        start = now + sum(ticket.remaining(now) for ticket in self._in_flight)
         for lane in self._lanes:
-            planned = lane.plan(self._step + 1, now, capacity[lane.name])
+            planned = lane.plan(self._step + 1, now, start, capacity[lane.name])
             if planned is not None:
-                plan, work = planned
-                self._step += 1
-                self._in_flight.append(_Ticket(plan, work, lane))
-                self._lanes.remove(lane)
-                self._lanes.append(lane)
-                return plan
+                return self._file(_Ticket(*planned, lane, start))
         return None
+
+    def _plan_suspect(self, lanes: list[Lane], now: float, capacity: Mapping[str, Capacity]) -> StepPlan | None:
+        """Suspects and others take turns."""
+        self._suspect_next = False
+        for lane in lanes:
+            planned = lane.plan_alone(self._step + 1, now, capacity[lane.name])
+            if planned is not None:
+                return self._file(_Ticket(*planned, lane, now, alone=True))
+        return None
+
+    def _file(self, ticket: _Ticket) -> StepPlan:
+        self._step += 1
+        self._in_flight.append(ticket)
+        self._lanes.remove(ticket.lane)
+        self._lanes.append(ticket.lane)
+        return ticket.plan
+
+    def dropped(self) -> list[Dropped]:
+        """Requests that ``plan`` dropped since the last call: too late for their target, or for their client."""
+        dropped, self._dropped = self._dropped, []
+        for lane in self._lanes:
+            dropped += lane.dropped()
+        return dropped
 
     def due(self) -> float | None:
         """The time at which ``plan`` may have a step that it does not have now: a one-shot batch ends its wait."""
@@ -145,7 +207,7 @@ class DynamicBatchScheduler:
     def settle(self, result: StepResult, now: float) -> list[ItemUpdate]:
         """Take the result of the oldest step in flight; one update for each item with news.
 
-        The time of the call moves no bound: the step-time model learns from the device's own ``result.seconds``.
+        ``now`` paces the streams; the step-time model learns from the device's own ``result.seconds``.
         Raises ValueError where the result is none of that step: the engine is broken, and the worker must end.
         """
         if not self._in_flight or self._in_flight[0].plan.step != result.step:
@@ -155,7 +217,11 @@ class DynamicBatchScheduler:
         if [row.item for row in result.rows] != planned:
             raise ValueError(f"the result of step {result.step} is not of the rows that were planned")
         self._settled_work = ticket.work
-        return ticket.lane.settle(ticket.plan, ticket.work, result)
+        # Bounded, whatever the clock does.
+        self._unheard = min(max(now - self._planned_at, 0.0), 2 * ticket.work.seconds)
+        if self._in_flight:
+            self._in_flight[0].began = now
+        return ticket.lane.settle(ticket.plan, ticket.work, result, now)
 
     def load(self) -> list[EngineLoad]:
         """Gauges of each engine."""
@@ -164,6 +230,7 @@ class DynamicBatchScheduler:
                 sequences := engine.sequences.load(),
                 running=sequences.running + engine.one_shot.running,
                 waiting=sequences.waiting + engine.one_shot.waiting,
+                decisions=Counter(sequences.decisions) + Counter(engine.one_shot.decisions),
                 integrity_errors=engine.integrity_errors,
             )
             for engine in self._engines.values()

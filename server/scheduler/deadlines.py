@@ -1,7 +1,11 @@
-"""How much one step may take: a bound on tokens, and one on predicted seconds that follows from the latency targets.
+"""When an item's tokens should be there, and how long a step may take so that they are.
 
 The law looks one step ahead and uses device time only. Latency that includes queueing never enters it: a rule that
-shrinks the batch when requests wait makes them wait longer.
+shrinks the batch when requests wait makes them wait longer. There is no integrator, so nothing can wind up; only the
+step-time model adapts.
+
+Deadlines follow FairBatching (arXiv 2510.14392): token j of a stream is due at its first token + j * TPOT, so a stream
+that is ahead has slack, which a step may use.
 """
 
 from __future__ import annotations
@@ -9,91 +13,97 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from server.scheduler.step_time import StepTimeModel, attended_pairs
+from server.scheduler.config import SchedulerConfig
+from server.worker.wire import Item
 
-MIN_CHUNK = 32
-"""Prompt tokens that every step may compute whatever the targets say, so that no prompt starves."""
-COLD_CHUNK = 256
-"""Most prompt tokens of a step with a latency bound, before the model has seen steps to predict from."""
+SOFT_TTFT = 1.0
+"""Seconds to the first token that items without a target are scheduled for, or, for a long prompt ..."""
+SOFT_PROMPT_RATE = 4000
+"""... prompt tokens a second."""
+SOFT_TPOT = 0.05
+STRICT = 0.97
+"""Share of the TPOT target that is aimed at: what a stream loses to one slow step it can make up for."""
+IDLE_STEP = 0.25
+"""Longest step while nobody decodes, so that the next arrival does not wait long."""
 STEP_SHARE = 0.25
 """Share of the TTFT target that one step may take: a prompt may arrive behind two launched steps."""
 STRETCH = 2.0
-"""TPOT is a mean over a stream, so one step may take this many times the target where that saves a first token."""
+"""TPOT is a mean over a stream, so one step may take this many times the target where slack allows and it saves a
+first token."""
+IN_FLIGHT = 2
+"""Launched steps behind which a prompt may arrive."""
+BEST_EFFORT = 1.25
+"""A step may take this many times its decodes alone, however late they are: prompts must not stand still."""
 
 
 @dataclass(frozen=True, slots=True)
-class OldestPrompt:
-    """The prompt with the earliest arrival that is not computed yet."""
+class Aim:
+    """Targets of one item in seconds, and who set them."""
 
-    start: int
-    remaining: int
-    arrived: float
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """Wanted latencies in seconds; None is no target."""
-
-    ttft: float | None
-    tpot: float | None
+    ttft: float
+    tpot: float
+    asked_ttft: bool = False
+    """By the client or the operator; otherwise it only shapes order and steps."""
+    asked_tpot: bool = False
+    firm: bool = False
+    """It is refused where it must miss its first token."""
+    timeout: float = math.inf
+    """From arrival, after which the client no longer waits for the first token."""
 
     @property
-    def bounded(self) -> bool:
-        return self.ttft is not None or self.tpot is not None
+    def pace(self) -> float:
+        return self.tpot * STRICT
 
-    def step_seconds(
-        self, *, decodes: int, base: float, prompt: OldestPrompt | None, now: float, model: StepTimeModel
-    ) -> float:
-        """Longest that the next step should take, ``math.inf`` where nothing bounds it.
 
-        ``base`` is the predicted time of the step's decodes alone.
+def aim_of(item: Item, config: SchedulerConfig) -> Aim:
+    """The item's own targets, else the operator's, else built-in ones."""
+    ttft = item.ttft if item.ttft is not None else config.target_ttft
+    tpot = item.tpot if item.tpot is not None else config.target_tpot
+    return Aim(
+        ttft=max(SOFT_TTFT, item.prompt_length / SOFT_PROMPT_RATE) if ttft is None else ttft,
+        tpot=SOFT_TPOT if tpot is None else tpot,
+        asked_ttft=ttft is not None,
+        asked_tpot=tpot is not None,
+        firm=item.firm and ttft is not None,
+        timeout=math.inf if item.timeout is None else item.timeout,
+    )
+
+
+@dataclass(slots=True)
+class Outlook:
+    """What the residents that decode need of the next step."""
+
+    slack: float = math.inf
+    """Least time from the step's start to the next token's deadline."""
+    tpot: float = math.inf
+    """Least target."""
+    ttft: float = math.inf
+    """Least target that was asked for: the next arrival may have the same."""
+    asked: bool = False
+    """One of them has a TPOT that was asked for."""
+
+    def seconds(self, alone: float, overhead: float, safety: float, tight: bool) -> tuple[float, str]:
+        """Longest that the next step should take, and what sets it.
+
+        ``alone`` is the predicted time of its decodes, ``overhead`` the part of it that any step costs, ``safety`` the
+        factor by which predictions may be wrong; ``tight`` tells that some first token will be late at the usual pace.
         """
-        ceiling = math.inf if self.ttft is None else self.ttft * STEP_SHARE
-        if self.tpot is None or not decodes:
-            return ceiling
-        limit = min(self.tpot, ceiling)
-        if self.ttft is not None and prompt is not None:
-            left = prompt.arrived + self.ttft - now
-            chunk = max(model.tokens_within(prompt.start, limit - base), MIN_CHUNK)
-            if 0 < left < math.ceil(prompt.remaining / chunk) * limit:
-                limit = min(limit * STRETCH, ceiling)
-        return limit
+        ceiling = min(IDLE_STEP, self.ttft * STEP_SHARE, self._balanced(alone, overhead))
+        if self.tpot == math.inf:
+            return ceiling, "idle"
+        usual = self.tpot / safety
+        slack = self.slack / safety
+        least = alone * BEST_EFFORT
+        if slack < usual:
+            return (slack, "slack") if slack > least else (least, "behind")
+        if tight and slack > usual:
+            return max(least, min(slack, STRETCH * usual, ceiling)), "stretch"
+        return (min(usual, ceiling), "pace") if min(usual, ceiling) > least else (least, "behind")
 
+    def _balanced(self, alone: float, overhead: float) -> float:
+        """The step in which what short steps waste and what long ones make first tokens wait are equal.
 
-class StepBudget:
-    """What is left of one step while a plan is being made. Decodes are paid for first and are never held back."""
-
-    def __init__(self, tokens: int, seconds: float, model: StepTimeModel) -> None:
-        """``tokens`` and ``seconds`` are what the step's decodes leave; ``seconds`` may be negative or infinite."""
-        self.tokens = tokens
-        self._seconds = seconds
-        self._model = model
-        self._floor = min(MIN_CHUNK, tokens)
-        if seconds < math.inf and not model.warm:
-            self.tokens = min(tokens, COLD_CHUNK)
-            self._seconds = math.inf
-
-    @property
-    def open(self) -> bool:
-        """``take`` would grant something."""
-        return self.tokens > 0 and (self._floor > 0 or self._seconds > 0)
-
-    def limit(self) -> int:
-        """Tokens that a new prompt alone could take now."""
-        return self._fit(0)
-
-    def take(self, start: int, wanted: int) -> int:
-        """Grant a row up to ``wanted`` tokens after its first ``start``, at least one while open, and count them."""
-        count = min(wanted, self._fit(start))
-        self.tokens -= count
-        self._floor = max(0, self._floor - count)
-        if self._seconds < math.inf:
-            self._seconds -= self._model.predict(count, attended_pairs(start, count)) - self._model.predict(0, 0)
-        return count
-
-    def _fit(self, start: int) -> int:
-        if not self.open:
-            return 0
-        if self._seconds == math.inf:
-            return self.tokens
-        return min(self.tokens, max(self._floor, self._model.tokens_within(start, self._seconds), 1))
+        Of each step its ``overhead`` is lost, and of its decodes part is: they could have been put off. A first token
+        waits for two steps, which is lost to the time that its prompt has.
+        """
+        return math.sqrt((alone + overhead) / 2 * self.ttft / IN_FLIGHT)

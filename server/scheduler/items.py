@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,7 +10,11 @@ import msgspec
 
 from engines.protocol import Admit, End, RowResult, TokenLogprobs
 from server.scheduler.block_pool import block_hash
-from server.worker.wire import Item
+from server.scheduler.deadlines import Aim
+from server.scheduler.fairness import Account
+from server.worker.wire import Item, Priority
+
+RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
 
 class ItemUpdate(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,8 +45,12 @@ class StepWork:
     tokens: int = 0
     """Of prompts and outputs together."""
     prompt_tokens: int = 0
-    pairs: float = 0.0
-    """Query-key pairs in attention, the part of the cost that grows with the context."""
+    decode_pairs: float = 0.0
+    """Query-key pairs in the attention of rows that compute one token: memory traffic."""
+    prompt_pairs: float = 0.0
+    """Query-key pairs of longer rows: arithmetic."""
+    seconds: float = 0.0
+    """What the step-time model predicted; 0 where it knew nothing yet."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,10 +76,39 @@ class SequenceState:
     root: bytes
     """Parent of the first block's hash."""
     block_size: int
+    aim: Aim
+    account: Account
+    """Of its tenant."""
+    rank: int = 1
+    """0 for the highest class."""
+    request: list[SequenceState] = field(default_factory=list)
+    """All items of its request, itself among them: they are refused together or not at all."""
     tokens: list[int] = field(init=False)
     """Prompt, then settled output tokens."""
     prompt_only: bool = field(init=False)
+    goal: int = field(init=False)
+    """Tokens to compute before the item ends: the last one drawn is never computed."""
     stop_ids: frozenset[int] = field(init=False)
+    arrived: float = field(init=False)
+    """At the API process, on the scheduler's clock."""
+    deadline: float = field(init=False)
+    """Of the first token."""
+    firm: bool = field(init=False)
+    """It is refused where it must miss its deadline."""
+    suspect: bool = field(init=False)
+    """Its steps are its own, until one of them has given a token."""
+    started: bool = field(init=False)
+    """Its first token has left: it is never dropped."""
+    known_hit: int = 0
+    """Leading tokens that could be found in the cache when it was offered."""
+    paced_from: float = 0.0
+    """The time from which later tokens are due, one every ``aim.pace``, beginning with token ``paced_tokens``."""
+    paced_tokens: int = 0
+    """Known tokens at ``paced_from``; 0 before a first token was settled here."""
+    preempted: int = 0
+    """How often."""
+    computed_before: int = 0
+    """Most tokens that had been computed when it was preempted."""
     in_flight: int = 0
     """Tokens that launched steps will draw at most."""
     tickets: int = 0
@@ -99,16 +137,17 @@ class SequenceState:
         # A replay comes with output tokens; the first of them left together with the prompt's logprobs.
         self.reported = len(self.tokens) > self.item.prompt_length
         self.prompt_only = len(self.tokens) >= self.limit
+        self.goal = len(self.tokens) if self.prompt_only else self.limit - 1
+        self.arrived = self.offered - self.item.waited
+        self.deadline = self.arrived + self.aim.ttft
+        self.firm = self.aim.firm
+        self.suspect = self.item.suspect
+        self.started = self.reported
         self.stop_ids = frozenset(self.item.sampling.stop_token_ids)
 
     @property
     def known(self) -> int:
         return len(self.tokens) + self.in_flight
-
-    @property
-    def goal(self) -> int:
-        """Tokens to compute before the item ends: the last one drawn is never computed."""
-        return len(self.tokens) if self.prompt_only else self.limit - 1
 
     @property
     def known_to_compute(self) -> int:
@@ -147,6 +186,21 @@ class SequenceState:
             sampling=self.item.sampling,
             prompt_logprobs=self.item.prompt_logprobs if self.wants_prompt_logprobs else None,
         )
+
+    def due(self) -> float:
+        """When the next token that a step may draw should be there; of one without a settled token, ``math.inf``."""
+        if not self.paced_tokens:
+            return math.inf
+        return self.paced_from + (len(self.tokens) + self.in_flight + 1 - self.paced_tokens) * self.aim.pace
+
+    def lag(self, now: float) -> float:
+        """How late the last settled token came; negative for one that came early."""
+        return now - self.paced_from - (len(self.tokens) - self.paced_tokens) * self.aim.pace
+
+    def pace_from(self, now: float) -> None:
+        """Later tokens are due from the one settled now on."""
+        self.paced_from = now
+        self.paced_tokens = len(self.tokens)
 
     def settle(self, drawn: list[int]) -> End:
         """Append drawn tokens up to the one that ends the item."""

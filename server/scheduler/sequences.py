@@ -15,49 +15,66 @@ What this file promises the engine, beside what ``block_pool`` does:
 
 from __future__ import annotations
 
-import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from engines.protocol import Admit, Capacity, End, Row, RowResult, StepPlan, StepResult
+from engines.protocol import Capacity, End, Row, RowResult, StepPlan, StepResult, StepSample
 from server.scheduler.block_pool import root_hash
 from server.scheduler.config import SchedulerConfig
-from server.scheduler.deadlines import OldestPrompt, StepBudget, Targets
-from server.scheduler.items import ItemUpdate, SequenceState, StepWork
+from server.scheduler.deadlines import aim_of
+from server.scheduler.drops import Dropped, Expiries, overloaded, timed_out
+from server.scheduler.fairness import TenantAccounts
+from server.scheduler.items import RANKS, ItemUpdate, SequenceState, StepWork
+from server.scheduler.lateness import WALK, Lateness, PromptPace, prompt_seconds, walk
+from server.scheduler.law import Law
+from server.scheduler.planner import Planner
 from server.scheduler.residents import Residents
-from server.scheduler.step_time import StepTimeModel, attended_pairs
+from server.scheduler.step_time import StepTimeModel
 from server.scheduler.waiting import WaitingQueue
 from server.worker.wire import EngineLoad, Item
 
-
-class _Draft:
-    """The parts of a plan in the making."""
-
-    def __init__(self) -> None:
-        self.decodes: list[Row] = []
-        self.chunks: list[Row] = []
-        self.admits: list[Admit] = []
-        self.planned: list[SequenceState] = []
-        self.work = StepWork()
+ENDS = 64
+"""Ends of items whose rate is remembered."""
+UNHURRIED = 3.0
+"""Times what it takes alone that a prompt is given whose target is out of reach: it must not make others late, too."""
+FORGIVEN = 20
+"""A stream that is this many tokens behind its pace, or a second, has lost its target: it is served on, but no longer
+held up against those that have not."""
 
 
 class SequenceLane:
     """Queue, residents and step-time model of one engine. Only the worker's step loop calls it."""
 
-    def __init__(self, name: str, capacity: Capacity, fingerprint: str, config: SchedulerConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        capacity: Capacity,
+        fingerprint: str,
+        config: SchedulerConfig,
+        law: Law,
+        profile: Sequence[StepSample] = (),
+    ) -> None:
         self.name = name
         self.step_time = StepTimeModel()
+        self.step_time.seed(profile)
         self._capacity = capacity
         self._fingerprint = fingerprint
-        self._targets = Targets(config.target_ttft, config.target_tpot)
-        self._max_tokens = min(capacity.max_step_tokens, config.token_budget or capacity.max_step_tokens)
+        self._config = config
+        self._law = law
+        max_tokens = min(capacity.max_step_tokens, config.token_budget or capacity.max_step_tokens)
         # Each resident must find room for one token in every step, or decodes would starve each other.
-        max_rows = min(capacity.max_rows, config.max_batch or capacity.max_rows, self._max_tokens)
+        max_rows = min(capacity.max_rows, config.max_batch or capacity.max_rows, max_tokens)
         self._residents = Residents(capacity, max_rows, config.prefix_cache)
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(law)
+        self._suspects: list[SequenceState] = []  # the first of them runs, alone
+        self._accounts = TenantAccounts()
+        self._planner = Planner(law, self._residents, self._waiting, self.step_time, max_tokens)
+        self._expiries = Expiries()
+        self._dropped: list[Dropped] = []
+        self._ends: deque[float] = deque(maxlen=ENDS)
         self._items: dict[int, SequenceState] = {}
-        self._token_budget = self._max_tokens
-        self._preemptions = 0
-        self._prefix_queries = 0
-        self._prefix_hits = 0
+        self._pace = PromptPace(0.0, 0.0, 1.0, 1.0)
 
     def __contains__(self, item: int) -> bool:
         return item in self._items
@@ -79,10 +96,19 @@ class SequenceLane:
     def offer(self, items: list[Item], arrival: int, now: float) -> None:
         """Take all items of one request, none of which ``refusal`` refuses, at the places from ``arrival`` on."""
         states = [self._state_of(item, arrival + index, now) for index, item in enumerate(items)]
-        self._items.update((state.item.item, state) for state in states)
+        for state in states:
+            state.request = states
+            self._items[state.item.item] = state
+            self._expiries.watch(state)
         leader, *siblings = states
         shared_blocks = (leader.item.prompt_length - 1) // self._capacity.block_size
-        if siblings and shared_blocks and self._residents.may_match(leader):
+        if any(item.suspect for item in items):
+            for state in states:
+                if state.suspect:
+                    self._suspects.append(state)
+                else:
+                    self._waiting.push(state)
+        elif siblings and shared_blocks and self._residents.may_match(leader):
             self._waiting.park(leader, siblings, shared_blocks)
         else:
             for state in states:
@@ -96,7 +122,14 @@ class SequenceLane:
         room = self._residents.pool.total * self._capacity.block_size + 1
         end: End = "length" if limit <= room else "error"
         root = root_hash(self._fingerprint, item.cache_salt)
-        return SequenceState(item, arrival, now, min(limit, room), end, root, self._capacity.block_size)
+        aim = aim_of(item, self._config)
+        account = self._accounts.enter(item.tenant, item.weight)
+        rank = RANKS[item.priority] if self._law.priorities else 1
+        state = SequenceState(
+            item, arrival, now, min(limit, room), end, root, self._capacity.block_size, aim, account, rank
+        )
+        state.known_hit = self._residents.findable(state)
+        return state
 
     def cancel(self, item: int) -> None:
         """Forget an item, if it is here; steps in flight may still compute it, and nobody hears of that."""
@@ -107,8 +140,11 @@ class SequenceLane:
     def _forget(self, state: SequenceState) -> None:
         state.gone = True
         del self._items[state.item.item]
+        self._accounts.leave(state.account)
         if state.slot >= 0:
             self._residents.vacate(state)
+        if state.suspect:
+            self._suspects.remove(state)
         self._waiting.forget(state)
 
     def drain(self) -> list[int]:
@@ -118,130 +154,89 @@ class SequenceLane:
             self.cancel(item)
         return items
 
+    def dropped(self) -> list[Dropped]:
+        """Items that ``plan`` dropped since the last call."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
     # --- plan
 
-    def plan(self, step: int, now: float, capacity: Capacity) -> tuple[StepPlan, StepWork] | None:
-        """The next step, or None where nothing can be computed before a step in flight is settled."""
+    @property
+    def has_suspect(self) -> bool:
+        """Somebody waits for a step alone."""
+        return bool(self._suspects)
+
+    def plan(self, step: int, now: float, start: float, capacity: Capacity) -> tuple[StepPlan, StepWork] | None:
+        """The next step, or None where nothing can be computed before a step in flight is settled.
+
+        ``start`` is when the step will begin on the device.
+        """
         if not self._items:
             return None
-        draft = _Draft()
-        budget = self._open_budget(now)
-        self._continue_residents(draft, budget)
-        self._admit_waiting(draft, budget, now)
-        if not draft.planned:
+        for state in self._expiries.expired(now):
+            self._drop(state, timed_out, "client's time ran out")
+        self._planner.make_way(now)
+        survey = self._planner.survey(start)
+        self._pace = self._planner.pace(survey, start)
+        lateness = self._look_ahead(survey.prompts)
+        if lateness.late:
+            survey.prompts = [state for state in survey.prompts if not state.gone]
+        draft = self._planner.plan(survey, now, lateness.tight)
+        return None if draft is None else self._finish(draft.planned, draft.plan(step, self.name, capacity), draft.work)
+
+    def plan_alone(self, step: int, now: float, capacity: Capacity) -> tuple[StepPlan, StepWork] | None:
+        """A step of the first suspect and of no other item."""
+        state = self._suspects[0] if self._suspects else None
+        draft = None if state is None else self._planner.plan_alone(state, now)
+        if draft is None:
             return None
+        self._planner.tally.decisions["suspect alone"] += 1
+        return self._finish(draft.planned, draft.plan(step, self.name, capacity), draft.work)
+
+    def _finish(self, planned: list[SequenceState], plan: StepPlan, work: StepWork) -> tuple[StepPlan, StepWork]:
         # Only after all were placed, so that no row of this very step matches what the step itself writes.
-        for state in draft.planned:
+        for state in planned:
             self._commit(state)
-        rows = (*draft.decodes, *draft.chunks)
-        graph_rows = 0 if draft.chunks else next((size for size in capacity.graph_rows if size >= len(rows)), 0)
-        plan = StepPlan(step=step, engine=self.name, admits=tuple(draft.admits), rows=rows, graph_rows=graph_rows)
-        return plan, draft.work
+        return plan, work
 
-    def _open_budget(self, now: float) -> StepBudget:
-        """Decodes come first; what they leave of tokens and time is for prompts."""
-        decodes = 0
-        pairs = 0.0
-        prompt: SequenceState | None = None
-        for state in self._residents:
-            pending = state.pending
-            if pending == 1:
-                decodes += 1
-                pairs += state.computed + 1
-            elif pending and prompt is None:
-                prompt = state
-        seconds = math.inf
-        if self._targets.bounded:
-            base = self.step_time.predict(decodes, pairs)
-            oldest = _oldest_prompt(prompt or self._waiting.head())
-            seconds = self._targets.step_seconds(
-                decodes=decodes, base=base, prompt=oldest, now=now, model=self.step_time
-            )
-            seconds -= base
-        budget = StepBudget(self._max_tokens - decodes, seconds, self.step_time)
-        self._token_budget = decodes + budget.limit()
-        return budget
+    def _look_ahead(self, prompts: list[SequenceState]) -> Lateness:
+        if not self._law.late_drop or not self.step_time.sure:
+            return Lateness([])
+        lateness = walk(self._waiting.ordered(prompts, WALK), self._pace, self.step_time)
+        for state in lateness.late:
+            if not state.gone and not self._hopeless(state):
+                self._drop(state, partial(overloaded, drain=lateness.seconds), "dropped late")
+        return lateness
 
-    def _continue_residents(self, draft: _Draft, budget: StepBudget) -> None:
-        """Plan rows of residents by arrival."""
-        for state in self._residents:
-            pending = state.pending
-            count = 1 if pending == 1 else budget.take(state.computed, pending) if pending else 0
-            if count == 0:
-                continue
-            missing = self._residents.missing_blocks(state, count)
-            new_blocks = self._make_room(state, missing) if missing > 0 else ()
-            # None: it is the latest itself, keeps what it has, and waits for an earlier one to end.
-            if new_blocks is not None:
-                self._add_row(draft, state, count, new_blocks)
+    def _drop(self, state: SequenceState, ending: Callable[[list[int]], Dropped], reason: str) -> None:
+        """With all items of its request, or not at all where one of them has had a token or is about to have one."""
+        request = [one for one in state.request if not one.gone]
+        if any(one.started or one.in_flight for one in request):
+            return
+        self._planner.tally.decisions[reason] += len(request)
+        self._dropped.append(ending([one.item.item for one in request]))
+        for one in request:
+            self._forget(one)
 
-    def _make_room(self, state: SequenceState, missing: int) -> tuple[int, ...] | None:
-        """Blocks for a resident, taken from later arrivals if need be, the latest first; None where that is not enough.
-
-        Residents are planned by arrival, so a later one has no row in this plan yet: its blocks change hands between
-        steps. The earliest can take from all others, so at least one resident gets on, whatever the shortage.
-        """
-        new_blocks = self._residents.grow(state, missing)
-        while new_blocks is None and (victim := self._residents.latest()) is not state:
-            self._preempt(victim)
-            new_blocks = self._residents.grow(state, missing)
-        return new_blocks
-
-    def _preempt(self, state: SequenceState) -> None:
-        """Take slot and blocks; all is computed again later, but for blocks that can still be found then."""
-        self._residents.vacate(state)
-        state.computed = 0
-        self._preemptions += 1
-        self._waiting.push(state)
-
-    def _admit_waiting(self, draft: _Draft, budget: StepBudget, now: float) -> None:
-        """Give slots and blocks to waiting items, strictly by arrival."""
-        while budget.open and not self._residents.full:
-            state = self._waiting.head()
-            # One with a step in flight keeps its place: a later arrival must not take the blocks that it needs.
-            if state is None or state.tickets:
-                return
-            matched = self._residents.place(state)
-            if matched is None:
-                return
-            self._waiting.pop()
-            # What steps before a preemption reported of the prompt is reported again from its start.
-            state.prompt_logprobs = []
-            if state.group is not None:
-                self._waiting.committed(state)
-            if state.queue_seconds is None:
-                self._first_placed(state, now)
-            draft.admits.append(state.admit(matched))
-            count = budget.take(state.computed, state.pending)
-            self._add_row(draft, state, count, tuple(state.blocks[matched:]))
-
-    def _first_placed(self, state: SequenceState, now: float) -> None:
-        state.queue_seconds = now - state.offered
-        state.cached_tokens = min(state.computed, state.item.prompt_length)
-        if self._residents.may_match(state):
-            self._prefix_queries += state.item.prompt_length
-            self._prefix_hits += state.cached_tokens
-
-    def _add_row(self, draft: _Draft, state: SequenceState, count: int, new_blocks: tuple[int, ...]) -> None:
-        start = state.computed
-        end = start + count
-        max_new = 1 if end == state.known and not state.prompt_only else 0
-        item = state.item
-        row = Row(item=item.item, slot=state.slot, start=start, count=count, new_blocks=new_blocks, max_new=max_new)
-        (draft.decodes if count == 1 and max_new else draft.chunks).append(row)
-        draft.planned.append(state)
-        work = draft.work
-        work.rows += 1
-        work.tokens += count
-        work.prompt_tokens += max(0, min(end, item.prompt_length) - start)
-        work.pairs += attended_pairs(start, count)
-        state.computed = end
-        state.in_flight += max_new
-        state.tickets += 1
+    def _hopeless(self, state: SequenceState) -> bool:
+        """Its target is out of reach even with nobody else here: it is served as fast as it goes."""
+        model = self.step_time
+        alone = prompt_seconds(state, model) + model.predict(StepWork())
+        if alone <= state.aim.ttft:
+            return False
+        state.firm = False
+        self._waiting.postpone(state, state.arrived + UNHURRIED * alone)
+        self._planner.tally.decisions["ttft out of reach"] += 1
+        self._planner.say(
+            "ttft",
+            f"a prompt of {state.item.prompt_length} tokens alone takes {alone:.3g} s here, more than the target of "
+            f"{state.aim.ttft:.3g} s to the first token: such prompts are served as fast as it goes",
+        )
+        return True
 
     # --- settle
 
-    def settle(self, plan: StepPlan, work: StepWork, result: StepResult) -> list[ItemUpdate]:
+    def settle(self, plan: StepPlan, work: StepWork, result: StepResult, now: float) -> list[ItemUpdate]:
         """Append what the step drew, end what is complete, and learn how long such a step takes.
 
         Raises ValueError where a row drew more than it may.
@@ -252,13 +247,14 @@ class SequenceLane:
                 raise ValueError(f"step {plan.step} drew {len(given.tokens)} tokens for item {row.item}")
             state = self._items.get(row.item)
             if state is not None:
-                update = self._settle_row(state, row, given)
+                update = self._settle_row(state, row, given, now)
                 if update is not None:
                     updates.append(update)
-        self.step_time.observe(work.tokens, work.pairs, result.seconds)
+        if not result.irregular:
+            self.step_time.observe(work, result.seconds)
         return updates
 
-    def _settle_row(self, state: SequenceState, row: Row, given: RowResult) -> ItemUpdate | None:
+    def _settle_row(self, state: SequenceState, row: Row, given: RowResult, now: float) -> ItemUpdate | None:
         state.tickets -= 1
         state.in_flight -= row.max_new
         if state.wants_prompt_logprobs:
@@ -268,6 +264,8 @@ class SequenceLane:
         if state.prompt_only and row.start + row.count == len(state.tokens):
             end = state.limit_end
         taken = len(state.tokens) - state.item.prompt_length - first_index
+        if taken:
+            self._settle_pace(state, taken, now)
         if state.slot >= 0:
             self._commit(state)
             # The engine drew less than it might have: only the last token's logits can draw the missing one.
@@ -275,8 +273,33 @@ class SequenceLane:
                 state.computed = len(state.tokens) - 1
         update = state.update(first_index, given, taken, end) if taken or end else None
         if end:
+            self._ends.append(now)
+            self._residents.ended(len(state.tokens) - state.item.prompt_length)
+            if self._law.budget == "aimd":
+                self._planner.aimd.observe_stream(state, now)
             self._forget(state)
         return update
+
+    def _settle_pace(self, state: SequenceState, taken: int, now: float) -> None:
+        """Tokens came: are they in time, and from when are later ones due?"""
+        state.account.charge(0, taken)
+        if not state.paced_tokens:
+            state.pace_from(now)
+            self._first_token(state, now)
+        elif state.lag(now) > max(1.0, FORGIVEN * state.aim.pace):
+            self._planner.tally.decisions["pace forgiven"] += 1
+            state.pace_from(now)
+
+    def _first_token(self, state: SequenceState, now: float) -> None:
+        if state.suspect:
+            # Nothing died of it: from here on it is like any other.
+            state.suspect = False
+            self._suspects.remove(state)
+        if not state.started:
+            state.started = True
+            if state.aim.asked_ttft:
+                late = now > state.arrived + state.aim.ttft
+                self._planner.tally.decisions["first token late" if late else "first token in time"] += 1
 
     def _commit(self, state: SequenceState) -> None:
         self._residents.commit(state)
@@ -288,6 +311,8 @@ class SequenceLane:
     def load(self) -> EngineLoad:
         waiting = [state for state in self._items.values() if state.slot < 0]
         pool = self._residents.pool
+        tally = self._planner.tally
+        p50, p95 = self.step_time.errors.quantiles()
         return EngineLoad(
             name=self.name,
             running=len(self._residents),
@@ -296,12 +321,28 @@ class SequenceLane:
             blocks_used=pool.used,
             blocks_cached=pool.cached,
             blocks_total=pool.total,
-            token_budget=self._token_budget,
-            preemptions=self._preemptions,
-            prefix_queries=self._prefix_queries,
-            prefix_hits=self._prefix_hits,
+            token_budget=self._planner.token_budget,
+            preemptions=tally.preemptions,
+            prefix_queries=tally.prefix_queries,
+            prefix_hits=tally.prefix_hits,
             integrity_errors=0,
+            predicted_wait=self._predicted_wait(waiting),
+            prompt_token_seconds=self.step_time.added(1, 0.0) / self._pace.share,
+            recomputed_tokens=tally.recomputed,
+            computed_tokens=tally.computed,
+            decisions=dict(tally.decisions),
+            step_error_p50=p50,
+            step_error_p95=p95,
         )
+
+    def _predicted_wait(self, waiting: Sequence[SequenceState]) -> float:
+        """All prompts of now have to be computed first, and where all slots are taken, streams have to end."""
+        prompts = [*waiting, *(state for state in self._residents if not state.paced_tokens)]
+        work = sum(prompt_seconds(state, self.step_time) for state in prompts) / self._pace.share
+        if not self._residents.full or len(self._ends) < 2 or self._ends[-1] <= self._ends[0]:
+            return work + self._pace.alone
+        ending = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return max(work + self._pace.alone, (len(waiting) + 1) * ending)
 
     def integrity(self, in_flight: list[StepPlan]) -> list[str]:
         """Recount blocks, slots and tokens in flight; one text for each contradiction."""
@@ -317,9 +358,3 @@ class SequenceLane:
         if sum(1 for state in self._items.values() if state.slot >= 0) != len(self._residents):
             errors.append("residents differ from the items that hold a slot")
         return errors
-
-
-def _oldest_prompt(state: SequenceState | None) -> OldestPrompt | None:
-    if state is None:
-        return None
-    return OldestPrompt(state.computed, state.pending, state.offered - state.item.waited)

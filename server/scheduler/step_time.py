@@ -1,23 +1,45 @@
-"""A small online model of how long a step takes, learned from the device time of settled steps."""
+"""A small online model of how long a step takes, learned from the device time of settled steps.
+
+A step costs what its work costs, but never less than a floor: the weights are read once and the kernels are enqueued
+one by one however few tokens there are. Up to that knee, more tokens cost nothing:
+
+    seconds = max(floor + floor_row * rows, base + token * tokens + row * rows + decode_pair * ... + prompt_pair * ...)
+
+Both branches are linear, and each is fitted by recursive least squares on the relative error. Which branch a step lies
+on is the larger one's business; where the knee is unknown yet or moved, a few kept samples of every size are fitted
+with the knee at each of them in turn.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Sequence
 
-# Features are scaled so that their coefficients are of one size: seconds for 64 tokens, seconds for 64 Ki pairs.
-TOKENS = 1.0 / 64
-PAIRS = 1.0 / 65536
-# Relative error of one measurement, and how far a coefficient may drift in one step, relative to itself.
-NOISE = 0.05
-DRIFT = 0.01
-SPREAD = 1.0
-"""Variance of an unknown coefficient, in square seconds."""
+from engines.protocol import StepSample
+from server.scheduler.items import StepWork
+from server.scheduler.least_squares import LeastSquares
+from server.scheduler.prediction_errors import PredictionErrors
+
+# Features are scaled so that their coefficients are of one size: seconds for 64 tokens or rows, or a million pairs.
+UNIT = 1.0 / 64
+PAIRS = 1.0 / (1 << 20)
 WARM = 3
-"""Observations before a prediction is worth anything."""
+"""Observations before a prediction is worth anything ..."""
+SURE = 32
+"""... and before anything is refused because of one."""
 ABSURD = 5.0
 PATIENCE = 4
 """A step this many times off the prediction is ignored (a page fault storm, a suspended machine), but not so many in
 a row: then the machine itself has changed."""
+KEPT = 5
+"""Samples kept of each size; sizes are powers of two of tokens."""
+ROUNDS = 3
+"""A long context lifts even a small step off the floor, so samples are assigned again by what was fitted."""
+EARNED = 1.25
+"""How much worse the fit without a floor, or with the floor of now, must be before another one is taken."""
+FIRST_SEARCH = 16
+"""Observations before the knee is looked for; again at each doubling."""
 
 
 def attended_pairs(start: int, count: int) -> float:
@@ -25,59 +47,131 @@ def attended_pairs(start: int, count: int) -> float:
     return count * (start + (count + 1) / 2)
 
 
-class StepTimeModel:
-    """seconds = a + b * tokens + c * attended pairs, fitted by recursive least squares on the relative error.
+def add_row(work: StepWork, start: int, count: int) -> None:
+    """Count one more row of a sequence, all but its prompt tokens."""
+    work.rows += 1
+    work.tokens += count
+    if count == 1:
+        work.decode_pairs += start + 1
+    else:
+        work.prompt_pairs += attended_pairs(start, count)
 
-    Coefficients drift as a random walk with bounded variance, so what the present load does not show (the cost of a
-    prefill token while there are only decodes) is kept and not forgotten.
-    """
+
+class StepTimeModel:
+    """Predicts steps, says how far predictions can be trusted, and inverts them into token counts."""
 
     def __init__(self) -> None:
-        self._weights = [0.0, 0.0, 0.0]
-        self._variance = [[SPREAD if i == j else 0.0 for j in range(3)] for i in range(3)]
+        self._machine = _Machine()
         self._observations = 0
         self._rejected = 0
+        self._largest = 0
+        self.errors = PredictionErrors()
+        self._kept: dict[int, deque[tuple[StepWork, float]]] = {}
+        self._search: _KneeSearch | None = None
+        self._next_search = FIRST_SEARCH
 
     @property
     def warm(self) -> bool:
         return self._observations >= WARM
 
-    def predict(self, tokens: int, pairs: float) -> float:
-        """Seconds that a step of this size takes."""
-        base, per_token, per_pair = self._costs()
-        return base + per_token * tokens + per_pair * pairs
+    @property
+    def sure(self) -> bool:
+        return self._observations >= SURE
 
-    def tokens_within(self, start: int, seconds: float) -> int:
-        """Most tokens of one row, after ``start`` earlier ones, that make a step at most ``seconds`` longer."""
-        if seconds <= 0:
+    @property
+    def largest(self) -> int:
+        """Most tokens of a step that was observed."""
+        return self._largest
+
+    @property
+    def overhead(self) -> float:
+        """Seconds that each step costs beside its work."""
+        return self._machine.base
+
+    @property
+    def safety(self) -> float:
+        """Factor that makes a prediction safe."""
+        return self.errors.safety
+
+    def seed(self, samples: Sequence[StepSample]) -> None:
+        """Start from steps that the engine measured at load; coefficients stay within 0.2 to 5 times of these."""
+        for sample in samples:
+            work = StepWork(
+                rows=sample.rows,
+                tokens=sample.tokens,
+                decode_pairs=sample.decode_pairs,
+                prompt_pairs=sample.prompt_pairs,
+            )
+            self._keep(work, sample.seconds)
+            self._largest = max(self._largest, sample.tokens)
+        if samples:
+            self._observations = SURE
+            search = _KneeSearch(list(self._samples()))
+            while not search.done:
+                search.step()
+            self._machine = search.best
+            self._machine.bound()
+
+    def predict(self, work: StepWork) -> float:
+        """Seconds that a step of this size takes."""
+        return self._machine.predict(work)
+
+    def added(self, tokens: int, pairs: float) -> float:
+        """Seconds that prompt tokens add to steps that have left the floor already."""
+        machine = self._machine
+        return machine.token * tokens + machine.prompt_pair * pairs
+
+    def tokens_within(self, work: StepWork, start: int, seconds: float) -> int:
+        """Most tokens of one more row, after ``start`` earlier ones, with which the step takes at most ``seconds``.
+
+        Tokens that cost nothing because the step lies on the floor are granted whatever ``seconds`` says.
+        """
+        machine = self._machine
+        room = max(seconds, machine.floor_of(work.rows + 1)) - machine.work_of(work) - machine.row
+        if room <= 0:
             return 0
-        _, per_token, per_pair = self._costs()
-        # Solve per_pair/2 * n^2 + linear * n = seconds, in the form that also holds for per_pair = 0.
-        linear = per_token + per_pair * (start + 0.5)
-        divisor = linear + math.sqrt(linear * linear + 2 * per_pair * seconds)
-        most = 2 * seconds / divisor if divisor > 0 else math.inf
+        # Solve prompt_pair/2 * n^2 + linear * n = room, in the form that also holds for prompt_pair = 0.
+        linear = machine.token + machine.prompt_pair * (start + 0.5)
+        divisor = linear + math.sqrt(linear * linear + 2 * machine.prompt_pair * room)
+        most = 2 * room / divisor if divisor > 0 else math.inf
         return int(min(most, 1 << 30))
 
-    def observe(self, tokens: int, pairs: float, seconds: float) -> None:
+    def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from one settled step. What cannot be a measurement is ignored."""
-        if not (math.isfinite(seconds) and seconds > 0) or self._absurd(tokens, pairs, seconds):
+        if not (math.isfinite(seconds) and seconds > 0) or self._absurd(work, seconds):
             return
+        if self.warm:
+            self.errors.add(self.predict(work), seconds)
         self._observations += 1
-        features = (1.0 / seconds, tokens * TOKENS / seconds, pairs * PAIRS / seconds)
-        spread = self._variance
-        gain = [sum(spread[i][j] * features[j] for j in range(3)) for i in range(3)]
-        total = NOISE * NOISE + sum(features[i] * gain[i] for i in range(3))
-        error = 1.0 - sum(features[i] * self._weights[i] for i in range(3))
-        for i in range(3):
-            self._weights[i] += gain[i] / total * error
-            for j in range(3):
-                spread[i][j] -= gain[i] * gain[j] / total
-            spread[i][i] = min(spread[i][i] + (DRIFT * self._weights[i]) ** 2, SPREAD)
+        self._largest = max(self._largest, work.tokens)
+        self._keep(work, seconds)
+        self._machine.observe(work, seconds)
+        self._look_for_the_knee()
 
-    def _absurd(self, tokens: int, pairs: float, seconds: float) -> bool:
+    def _keep(self, work: StepWork, seconds: float) -> None:
+        self._kept.setdefault(work.tokens.bit_length(), deque(maxlen=KEPT)).append((work, seconds))
+
+    def _samples(self) -> Sequence[tuple[StepWork, float]]:
+        return [sample for size in sorted(self._kept) for sample in self._kept[size]]
+
+    def _look_for_the_knee(self) -> None:
+        """One candidate a call, so that no settle takes long."""
+        if self._search is None:
+            if self._observations < self._next_search:
+                return
+            self._next_search = 2 * self._observations
+            self._search = _KneeSearch(list(self._samples()))
+        self._search.step()
+        if self._search.done:
+            if EARNED * self._search.best_error < self._search.error_of(self._machine):
+                self._search.best.bounds_from(self._machine)
+                self._machine = self._search.best
+            self._search = None
+
+    def _absurd(self, work: StepWork, seconds: float) -> bool:
         if not self.warm:
             return False
-        expected = self.predict(tokens, pairs)
+        expected = self.predict(work)
         if expected / ABSURD <= seconds <= expected * ABSURD:
             self._rejected = 0
             return False
@@ -85,11 +179,100 @@ class StepTimeModel:
         if self._rejected <= PATIENCE:
             return True
         self._rejected = 0
-        for i in range(3):
-            self._variance[i][i] = SPREAD
+        self._kept.clear()
+        self._next_search = self._observations + FIRST_SEARCH
+        self._machine.forget()
         return False
 
-    def _costs(self) -> tuple[float, float, float]:
-        """Seconds a step, a token and a pair. A negative coefficient is noise: more work never takes less time."""
-        base, per_token, per_pair = (max(0.0, weight) for weight in self._weights)
-        return base, per_token * TOKENS, per_pair * PAIRS
+
+class _Machine:
+    """The two branches. Coefficients are plain floats, refreshed after each observation."""
+
+    def __init__(self) -> None:
+        self._floor = LeastSquares(2)
+        self._work = LeastSquares(5)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        floor, floor_row = self._floor.weights
+        base, token, row, decode_pair, prompt_pair = self._work.weights
+        self.floor, self.floor_row = floor, floor_row * UNIT
+        self.base, self.token, self.row = base, token * UNIT, row * UNIT
+        self.decode_pair, self.prompt_pair = decode_pair * PAIRS, prompt_pair * PAIRS
+
+    def floor_of(self, rows: int) -> float:
+        return self.floor + self.floor_row * rows
+
+    def work_of(self, work: StepWork) -> float:
+        return (
+            self.base
+            + self.token * work.tokens
+            + self.row * work.rows
+            + self.decode_pair * work.decode_pairs
+            + self.prompt_pair * work.prompt_pairs
+        )
+
+    def predict(self, work: StepWork) -> float:
+        return max(self.floor_of(work.rows), self.work_of(work))
+
+    def on_floor(self, work: StepWork) -> bool:
+        return self.floor_of(work.rows) > self.work_of(work)
+
+    def observe(self, work: StepWork, seconds: float, on_floor: bool | None = None) -> None:
+        if self.on_floor(work) if on_floor is None else on_floor:
+            self._floor.observe((1.0, work.rows * UNIT), seconds)
+        else:
+            pairs = work.decode_pairs * PAIRS, work.prompt_pairs * PAIRS
+            self._work.observe((1.0, work.tokens * UNIT, work.rows * UNIT, *pairs), seconds)
+        self._refresh()
+
+    def bound(self) -> None:
+        """Keep every coefficient near what it is now."""
+        self._floor.bound()
+        self._work.bound()
+
+    def bounds_from(self, other: _Machine) -> None:
+        self._floor.bounds_from(other._floor)
+        self._work.bounds_from(other._work)
+        self._refresh()
+
+    def forget(self) -> None:
+        """The machine has changed: what comes next counts for more than all that was."""
+        self._floor.forget()
+        self._work.forget()
+
+
+class _KneeSearch:
+    """Fits the samples with the steps up to each size on the floor, and none at first, and keeps the best fit."""
+
+    def __init__(self, samples: Sequence[tuple[StepWork, float]]) -> None:
+        self._samples = samples
+        sizes = sorted({work.tokens.bit_length() for work, _ in samples})
+        self._cuts = deque([0, *((1 << size) - 1 for size in sizes[:-1])])
+        self.best = _Machine()
+        self.best_error = math.inf
+
+    @property
+    def done(self) -> bool:
+        return not self._cuts
+
+    def step(self) -> None:
+        cut = self._cuts.popleft()
+        on_floor = [work.tokens <= cut for work, _ in self._samples]
+        for _ in range(ROUNDS):
+            machine = _Machine()
+            for (work, seconds), low in zip(self._samples, on_floor, strict=True):
+                machine.observe(work, seconds, low)
+            # A floor must earn its place: the simpler machine wins within the noise.
+            error = self.error_of(machine) * (EARNED if cut else 1.0)
+            if error < self.best_error:
+                self.best, self.best_error = machine, error
+            moved = [machine.on_floor(work) for work, _ in self._samples]
+            if moved == on_floor:
+                break
+            on_floor = moved
+
+    def error_of(self, machine: _Machine) -> float:
+        """Mean square of the relative error."""
+        errors = [(machine.predict(work) / seconds - 1) ** 2 for work, seconds in self._samples]
+        return sum(errors) / len(errors)

@@ -1,34 +1,191 @@
-"""Items that hold no slot: a queue by arrival, and groups parked behind their leader's prompt."""
+"""Items that hold no slot: who goes next, and groups parked behind their leader's prompt.
+
+Classes come first (high, normal, low), but a class that waits gets a small share of all prompt tokens whatever the
+others do, and an item that waited long counts for the class above. Inside a class an item that had a place already
+(it was preempted, or its worker died) goes before new ones; of these the tenant goes first that was served least, and
+of its items the one with the earliest deadline.
+"""
 
 from __future__ import annotations
 
 import heapq
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
+from server.scheduler.fairness import Account
 from server.scheduler.items import Group, SequenceState
+from server.scheduler.law import Law
+
+CLASSES = 3
+AGEING = 10.0
+"""Seconds of waiting after which an item counts for the class above."""
+FLOOR = 0.05
+"""Least share of prompt tokens of a class that waits."""
+QUANTUM = 64
+"""Prompt tokens that a class must lack before its floor counts: it gets a turn now and then, not a race."""
+WINDOW = 100_000
+"""Prompt tokens over which that share is taken."""
+
+Entry = tuple[float, int, SequenceState]
+"""(key, arrival, state): ordered by the key, never by the state."""
+Precedence = tuple[int, float, float, int]
+
+
+class _ClassQueue:
+    """Waiting items of one class, by tenant."""
+
+    def __init__(self, law: Law) -> None:
+        self._law = law
+        self.returning: list[Entry] = []
+        self.tenants: dict[Account | None, list[Entry]] = {}  # none of the lists is empty
+
+    def _place(self, state: SequenceState) -> tuple[Account | None, Entry]:
+        key = state.deadline if self._law.deadline_order else 0.0
+        return state.account if self._law.fairness else None, (key, state.arrival, state)
+
+    @staticmethod
+    def _returns(state: SequenceState) -> bool:
+        return state.started or state.preempted > 0
+
+    def push(self, state: SequenceState) -> None:
+        account, entry = self._place(state)
+        if self._returns(state):
+            insort(self.returning, (-math.inf, state.arrival, state))
+        else:
+            insort(self.tenants.setdefault(account, []), entry)
+
+    def remove(self, state: SequenceState) -> None:
+        account, entry = self._place(state)
+        if self._returns(state):
+            del self.returning[bisect_left(self.returning, (-math.inf, state.arrival, state))]
+            return
+        queue = self.tenants[account]
+        del queue[bisect_left(queue, entry)]
+        if not queue:
+            del self.tenants[account]
+
+    def head(self) -> SequenceState | None:
+        if self.returning:
+            return self.returning[0][2]
+        if not self.tenants:
+            return None
+        if len(self.tenants) == 1:
+            return next(iter(self.tenants.values()))[0][2]
+        return min((account.served if account else 0.0, queue[0]) for account, queue in self.tenants.items())[1][2]
+
+    def ordered(self, placed: Sequence[SequenceState]) -> Iterator[SequenceState]:
+        """Waiting items and those of ``placed``, which have a slot already, as they will be served."""
+        yield from (entry[2] for entry in self.returning)
+        queues = {account: iter(queue) for account, queue in self.tenants.items()}
+        for state in placed:
+            account, entry = self._place(state)
+            queues[account] = heapq.merge([entry], queues.get(account, iter(())))
+        if len(queues) == 1:
+            yield from (entry[2] for entry in next(iter(queues.values())))
+            return
+        heads = [(account.served if account else 0.0, next(queue), account, queue) for account, queue in queues.items()]
+        heapq.heapify(heads)
+        while heads:
+            served, entry, account, queue = heads[0]
+            state = entry[2]
+            yield state
+            # One that has a slot was charged when it got it.
+            cost = 0.0 if state.slot >= 0 else (len(state.tokens) - state.known_hit) / state.account.weight
+            following = next(queue, None)
+            if following is None:
+                heapq.heappop(heads)
+            else:
+                heapq.heapreplace(heads, (served + cost, following, account, queue))
 
 
 class WaitingQueue:
-    """Strictly by arrival. An item that was preempted comes back to the place it had."""
+    """All waiting items of one engine's sequences."""
 
-    def __init__(self) -> None:
-        # Items that are gone stay in the heap until they reach its head.
-        self._heap: list[tuple[int, SequenceState]] = []
+    def __init__(self, law: Law) -> None:
+        self._law = law
+        self._classes = [_ClassQueue(law) for _ in range(CLASSES)]
+        self._served = [0.0] * CLASSES
+        self._waiting = [0] * CLASSES
+        self._queued: set[SequenceState] = set()
+
+    def __len__(self) -> int:
+        return len(self._queued)
+
+    def __contains__(self, state: SequenceState) -> bool:
+        return state in self._queued
 
     def push(self, state: SequenceState) -> None:
-        heapq.heappush(self._heap, (state.arrival, state))
+        rank = state.rank
+        if not self._waiting[rank]:
+            # A class that was away has no claim on the share that it did not use.
+            self._served[rank] = max(self._served[rank], FLOOR * sum(self._served))
+        self._waiting[rank] += 1
+        self._queued.add(state)
+        self._classes[rank].push(state)
 
-    def head(self) -> SequenceState | None:
-        """The earliest arrival. Changes nothing that a caller could see."""
-        while self._heap:
-            state = self._heap[0][1]
-            if not state.gone:
-                return state
-            heapq.heappop(self._heap)
-        return None
+    def remove(self, state: SequenceState) -> None:
+        """It got a slot, or is gone."""
+        self._waiting[state.rank] -= 1
+        self._queued.remove(state)
+        self._classes[state.rank].remove(state)
 
-    def pop(self) -> SequenceState:
-        """Remove what ``head`` gave."""
-        return heapq.heappop(self._heap)[1]
+    def postpone(self, state: SequenceState, deadline: float) -> None:
+        """Another deadline for an item, waiting or not."""
+        waits = state in self._queued
+        if waits:
+            self.remove(state)
+        state.deadline = deadline
+        if waits:
+            self.push(state)
+
+    def head(self, now: float) -> SequenceState | None:
+        """Who is next. Changes nothing."""
+        best: tuple[Precedence, SequenceState] | None = None
+        for rank in range(CLASSES):
+            if self._waiting[rank]:
+                state = self._classes[rank].head()
+                assert state is not None
+                precedence = self.precedence(state, now)
+                if best is None or precedence < best[0]:
+                    best = precedence, state
+        return None if best is None else best[1]
+
+    def precedence(self, state: SequenceState, now: float) -> Precedence:
+        """Sorts items, waiting or not, by who gets prompt tokens first."""
+        key = state.deadline if self._law.deadline_order else 0.0
+        if not self._law.priorities:
+            return 0, 0.0, key, state.arrival
+        rank = state.rank
+        if self.starved(rank):
+            rank = -1
+        elif rank and now - state.arrived > AGEING:
+            rank = max(0, rank - int((now - state.arrived) / AGEING))
+        if state.started or state.preempted:
+            return rank, -math.inf, key, state.arrival
+        return rank, state.account.served if self._law.fairness else 0.0, key, state.arrival
+
+    def starved(self, rank: int) -> bool:
+        """The class waits and had less than its floor."""
+        return self._waiting[rank] > 0 and self._served[rank] + QUANTUM < FLOOR * sum(self._served)
+
+    def served(self, rank: int, tokens: int) -> None:
+        """Prompt tokens of this class are in a step now."""
+        self._served[rank] += tokens
+        if sum(self._served) > WINDOW:
+            self._served = [tokens / 2 for tokens in self._served]
+
+    def ordered(self, placed: Sequence[SequenceState], limit: int) -> Iterator[SequenceState]:
+        """The first ``limit`` of the waiting items and of ``placed``, prompts in the making, as they will be served."""
+        ranks = (
+            queue.ordered([state for state in placed if state.rank == rank])
+            for rank, queue in enumerate(self._classes)
+            if self._waiting[rank] or any(state.rank == rank for state in placed)
+        )
+        return islice((state for rank in ranks for state in rank), limit)
+
+    # --- groups
 
     def park(self, leader: SequenceState, siblings: list[SequenceState], shared_blocks: int) -> None:
         """Queue the leader; its siblings follow once ``shared_blocks`` blocks of it are findable, and match them."""
@@ -48,6 +205,8 @@ class WaitingQueue:
 
     def forget(self, state: SequenceState) -> None:
         """The item is gone. If others waited for it, the first of them leads from now on."""
+        if state in self._queued:
+            self.remove(state)
         group, state.group = state.group, None
         if group is None:
             return

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
-from engines.protocol import Capacity, EngineInfo, EngineSpec, LoadProgress
+import msgspec
+import zmq
+
+from engines.protocol import EngineSpec
 from server.errors import SlimserveError
-from server.scheduler.config import SchedulerConfig
 from server.worker.channel import Channel
+from server.worker.engine_status import EnginePhase, EngineStatus, WorkerSettings
+from server.worker.flight_record import FlightRecord
 from server.worker.process import STOP_TIMEOUT, RuntimeFolder, WorkerProcess
 from server.worker.watch import Backoff, Watchdog
 from server.worker.wire import (
+    Configure,
     FromWorker,
     Hello,
     Loaded,
@@ -26,36 +30,10 @@ from server.worker.wire import (
     StepOutputs,
     Stop,
     ToWorker,
+    UnloadEngine,
 )
 
 log = logging.getLogger(__name__)
-
-EnginePhase = Literal["starting", "loading", "ready", "restarting", "failed"]
-
-
-@dataclass(slots=True)
-class EngineStatus:
-    """Where one engine of one worker stands."""
-
-    spec: EngineSpec
-    phase: EnginePhase = "starting"
-    progress: LoadProgress | None = None
-    reason: str = ""
-    """Why it failed or restarts, fit for a client."""
-    info: EngineInfo | None = None
-    """Of the last load, as is ``capacity``."""
-    capacity: Capacity | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings:
-    """Times in seconds."""
-
-    scheduler: SchedulerConfig
-    log_level: str = "info"
-    step_timeout: float = 120.0
-    load_timeout: float = 1800.0
-    max_restarts: int = 8
 
 
 class WorkerOwner(Protocol):
@@ -73,8 +51,8 @@ class WorkerOwner(Protocol):
     def reported(self, worker: Worker, report: LoadReport) -> None:
         """Gauges came."""
 
-    def lost(self, worker: Worker) -> None:
-        """The process is gone with all that it had in flight."""
+    def lost(self, worker: Worker, launched: Collection[int]) -> None:
+        """The process is gone; it had launched steps with these items and not settled them."""
 
     def restarted(self, worker: Worker) -> None:
         """A process was started in place of a lost one."""
@@ -106,18 +84,58 @@ class Worker:
         self._fault: asyncio.Event = asyncio.Event()
         self._fault_reason = ""
         self._stopping = False
+        self._greeted = False
 
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def serves(self, engine: str) -> bool:
-        return self.engines[engine].phase == "ready" and self._channel is not None
+    def serves(self, engine: str, version: int) -> bool:
+        status = self.engines.get(engine)
+        if status is None or self._channel is None:
+            return False
+        return status.phase == "ready" and status.version == version and not status.retired
 
     def send(self, message: ToWorker) -> None:
         """Raises Overloaded when the worker is gone or does not keep up."""
         if self._channel is not None:
             self._channel.send(message)
+
+    # --- reload
+
+    def configure(self, settings: WorkerSettings) -> bool:
+        """Go on with other settings; True when the process forgets all its items for that."""
+        changed = settings.scheduler != self._settings.scheduler
+        self._settings = settings
+        self._watchdog.patience(settings.step_timeout, settings.load_timeout)
+        self._backoff.budget = settings.max_restarts
+        if changed:
+            self._command(Configure(msgspec.json.encode(settings.scheduler)))
+        return changed and self._greeted
+
+    def load(self, spec: EngineSpec, version: int, *, awaited: bool = False) -> None:
+        """Hold one more engine."""
+        status = self.engines[spec.name] = EngineStatus(spec, version, awaited)
+        if self._greeted:
+            self._command(LoadEngine(spec))
+            self._set(status, "loading")
+            self._watchdog.loading(self._clock(), unfinished=True)
+
+    def unload(self, name: str) -> None:
+        """Forget an engine; nothing of it may be open. Raises KeyError for an unknown name."""
+        del self.engines[name]
+        self._command(UnloadEngine(name))
+
+    def _command(self, message: ToWorker) -> None:
+        """A process that has not said hello hears all of it then."""
+        if not self._greeted:
+            return
+        try:
+            self.send(message)
+        except SlimserveError:
+            self._end_process("it does not keep up with its commands")
+
+    # --- life
 
     def kill(self) -> None:
         """At once, for the second signal."""
@@ -147,7 +165,8 @@ class Worker:
                 log.error("worker %d is given up: %s", self.index, reason)
                 self._set_all("failed", "its worker process keeps failing and was given up")
                 return
-            log.error("worker %d died: %s; it starts again in %.1f s", self.index, reason, pause)
+            when = f"in {pause:.1f} s" if pause else "at once"
+            log.error("worker %d died: %s; it starts again %s", self.index, reason, when)
             if not await self._sleep(pause):
                 self._owner.restarted(self)
 
@@ -166,21 +185,32 @@ class Worker:
         self._fault.clear()
         self._watchdog = self._new_watchdog()
         address = self._folder.address(self.index, self._incarnation)
-        self._channel = Channel(address, self._on_message, self._on_bad_message)
+        record = FlightRecord.create()
         try:
+            self._channel = Channel(address, self._on_message, self._on_bad_message)
             self._process = await WorkerProcess.start(
-                address, self._incarnation, self._settings.scheduler, self._settings.log_level
+                address, self._incarnation, record.descriptor, self._settings.scheduler, self._settings.log_level
             )
             return await self._watch(self._process)
+        except (OSError, zmq.ZMQError) as error:
+            return f"it cannot be started: {error}"
         finally:
+            await self._bury(record)
+
+    async def _bury(self, record: FlightRecord) -> None:
+        """Other workers and readiness first: the process may take a while to go, and the next waits for that."""
+        self._greeted = False
+        if self._channel is not None:
             self._channel.close()
             self._channel = None
-            # Clients and readiness first: the process may take a while to go.
-            self._set_all("restarting", "its worker process stopped and is being restarted")
-            self._owner.lost(self)
-            if self._process is not None:
-                await self._process.end()
-                self._process = None
+        if self._process is not None:
+            self._process.kill()
+        self._set_all("restarting", "its worker process stopped and is being restarted")
+        self._owner.lost(self, record.items())
+        record.close()
+        if self._process is not None:
+            await self._process.end()
+            self._process = None
 
     async def _watch(self, process: WorkerProcess) -> str:
         tick = min(1.0, self._settings.step_timeout / 8)
@@ -218,13 +248,14 @@ class Worker:
             case Refused():
                 self._owner.refused(self, message)
             case Hello():
+                self._greeted = True
                 self._load_all(now)
-            case Loading(_, name, progress):
+            case Loading(_, name, progress) if name in self.engines:
                 self.engines[name].progress = progress
                 self._set(self.engines[name], "loading")
-            case Loaded():
+            case Loaded() if message.info.name in self.engines:
                 self._loaded(message, now)
-            case LoadFailed(_, name, reason):
+            case LoadFailed(_, name, reason) if name in self.engines:
                 self._load_failed(self.engines[name], reason, now)
 
     def _on_bad_message(self, error: Exception) -> None:
@@ -233,7 +264,7 @@ class Worker:
 
     def _load_all(self, now: float) -> None:
         for status in self._open_engines():
-            self.send(LoadEngine(status.spec))
+            self.send(LoadEngine(status.spec_to_load))
             self._set(status, "loading")
         self._watchdog.loading(now, unfinished=True)
 

@@ -10,15 +10,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import psutil
 
 from engines.protocol import Engine, StepPlan
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.core import MAX_IN_FLIGHT, DynamicBatchScheduler, ItemUpdate, StepWork
+from server.worker.flight_record import FlightRecord
 from server.worker.loading import LoadThread
 from server.worker.mailbox import Mailbox
 from server.worker.wire import (
     Cancel,
+    Configure,
     Hello,
     LoadEngine,
     LoadReport,
@@ -47,9 +50,17 @@ class WorkerLoop:
     """Owns the scheduler and the engines of one device. ``run`` returns when the API process says stop."""
 
     def __init__(
-        self, mailbox: Mailbox, config: SchedulerConfig, *, incarnation: int, clock: Callable[[], float]
+        self,
+        mailbox: Mailbox,
+        config: SchedulerConfig,
+        *,
+        record: FlightRecord,
+        incarnation: int,
+        clock: Callable[[], float],
     ) -> None:
+        """``record`` tells after this process's death which items were in launched steps."""
         self._mailbox = mailbox
+        self._record = record
         self._scheduler = DynamicBatchScheduler(config)
         self._incarnation = incarnation
         self._clock = clock
@@ -80,13 +91,20 @@ class WorkerLoop:
     def _plan(self) -> _Ticket | None:
         began = self._clock()
         plan = self._scheduler.plan(began, {name: engine.capacity for name, engine in self._engines.items()})
+        for dropped in self._scheduler.dropped():
+            self._mailbox.send(
+                Refused(self._incarnation, dropped.items, dropped.reason, dropped.kind, dropped.retry_after)
+            )
         return None if plan is None else _Ticket(plan, self._clock() - began)
 
     def _launch(self, ticket: _Ticket) -> None:
         self._tickets.append(ticket)
         self._checked = False
+        plan = ticket.plan
+        items = [row.item for row in plan.rows] + [row.item for row in plan.one_shot]
+        self._record.launched(plan.step, items)
         with self._mailbox.unlocked():
-            self._engines[ticket.plan.engine].launch(ticket.plan)
+            self._engines[plan.engine].launch(plan)
 
     def _settle_oldest(self) -> None:
         ticket = self._tickets[0]
@@ -98,6 +116,7 @@ class WorkerLoop:
         seconds = ticket.plan_seconds + self._clock() - began
         self._steps += 1
         self._send(ticket.plan, updates, _stats(self._scheduler.settled_work, result.seconds, seconds))
+        self._record.settled(ticket.plan.step)
 
     def _send(self, plan: StepPlan, updates: list[ItemUpdate], stats: StepStats) -> None:
         self._mailbox.send(
@@ -148,6 +167,8 @@ class WorkerLoop:
                     self._loads.start(spec)
                 case UnloadEngine(name):
                     self._unload(name)
+                case Configure(config):
+                    self._configure(msgspec.json.decode(config, type=SchedulerConfig))
                 case Stop():
                     return False
         return True
@@ -157,18 +178,31 @@ class WorkerLoop:
         if refusal is not None:
             self._mailbox.send(Refused(self._incarnation, [item.item for item in offer.items], refusal))
 
+    def _configure(self, config: SchedulerConfig) -> None:
+        """A new scheduler over the same engines; it starts without items."""
+        self._settle_all()
+        self._scheduler = DynamicBatchScheduler(config, last_step=self._scheduler.last_step)
+        for engine in self._engines.values():
+            self._serve(engine)
+
+    def _serve(self, engine: Engine) -> None:
+        self._scheduler.add_engine(engine.info.name, engine.capacity, engine.info.fingerprint)
+
+    def _settle_all(self) -> None:
+        while self._tickets:
+            self._settle_oldest()
+
     def _take_loaded(self) -> None:
         for message, engine in self._loads.news():
             if engine is not None:
                 self._engines[engine.info.name] = engine
-                self._scheduler.add_engine(engine.info.name, engine.capacity, engine.info.fingerprint)
+                self._serve(engine)
                 gc.collect()
                 gc.freeze()
             self._mailbox.send(message)
 
     def _unload(self, name: str) -> None:
-        while self._tickets:
-            self._settle_oldest()
+        self._settle_all()
         if name in self._engines:
             updates = self._scheduler.remove_engine(name)
             self._send(StepPlan(step=self._steps, engine=name), updates, _stats(StepWork(), 0.0, 0.0))
@@ -211,4 +245,5 @@ def _stats(work: StepWork, seconds: float, plan_seconds: float) -> StepStats:
         rows=work.rows,
         tokens=work.tokens,
         prompt_tokens=work.prompt_tokens,
+        predicted_seconds=work.seconds,
     )

@@ -1,6 +1,6 @@
 """The worker process of one device: a loop of plan -> launch -> collect -> settle over the engines it holds.
 
-    python -m server.worker.main ADDRESS INCARNATION --scheduler-config JSON
+    python -m server.worker.main ADDRESS INCARNATION --flight-record DESCRIPTOR --scheduler-config JSON
 
 Standard input is a pipe that the API process holds: its end means that the API process died, and the worker exits.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from server.scheduler.config import SchedulerConfig
+from server.worker.flight_record import FlightRecord
 from server.worker.loop import WorkerLoop
 from server.worker.mailbox import Mailbox
 
@@ -39,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="slimserve-worker")
     parser.add_argument("address")
     parser.add_argument("incarnation", type=int)
+    parser.add_argument("--flight-record", type=int)
     parser.add_argument("--scheduler-config", default="{}")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
@@ -49,7 +51,9 @@ def main() -> int:
     threading.Thread(target=exit_with_parent, args=(arguments.address,), daemon=True).start()
     config = msgspec.json.decode(arguments.scheduler_config, type=SchedulerConfig)
     mailbox = Mailbox(arguments.address)
-    loop = WorkerLoop(mailbox, config, incarnation=arguments.incarnation, clock=time.monotonic)
+    descriptor = arguments.flight_record
+    record = FlightRecord.create() if descriptor is None else FlightRecord(descriptor)
+    loop = WorkerLoop(mailbox, config, record=record, incarnation=arguments.incarnation, clock=time.monotonic)
     try:
         loop.run()
     except Exception:

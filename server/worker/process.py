@@ -39,12 +39,19 @@ class WorkerProcess:
         self._process = process
 
     @classmethod
-    async def start(cls, address: str, incarnation: int, config: SchedulerConfig, log_level: str) -> WorkerProcess:
-        """``-P`` and an explicit path: a ``server`` or ``torch`` in the working directory is never imported."""
+    async def start(
+        cls, address: str, incarnation: int, record: int, config: SchedulerConfig, log_level: str
+    ) -> WorkerProcess:
+        """``record`` is the descriptor of its flight record. Raises OSError when the machine has no room for it.
+
+        ``-P`` and an explicit path: a ``server`` or ``torch`` in the working directory is never imported.
+        """
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "server.worker.main", address, str(incarnation)),
+            *("--flight-record", str(record)),
             *("--scheduler-config", msgspec.json.encode(config).decode(), "--log-level", log_level),
             stdin=asyncio.subprocess.PIPE,
+            pass_fds=(record,),
             env=_environment(),
             # A session of its own: Ctrl-C in the terminal does not reach it before the drain.
             start_new_session=True,

@@ -1,21 +1,28 @@
-"""The API side of all workers: files requests with the least loaded one and routes tokens back to their replies."""
+"""The API side of all workers: takes requests, brings tokens back to their replies, and outlives the workers.
+
+A request ends with an error of ours only when no worker can serve its model any more, or when it killed one alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
 
-from engines.protocol import End, EngineSpec
+from engines.protocol import EngineSpec
 from server.admission import Door
-from server.errors import EngineUnavailable, InternalError, ModelNotFound, Overloaded, SlimserveError
+from server.errors import EngineUnavailable, InternalError, ModelNotFound, SlimserveError
 from server.metrics import Metrics
 from server.requests import Reply, Request
-from server.worker.lifecycle import EngineStatus, Worker, WorkerSettings
+from server.worker.delivery import Delivery, ending_of
+from server.worker.engine_status import EngineStatus, WorkerSettings
+from server.worker.lifecycle import Worker
+from server.worker.places import Place, Places
 from server.worker.process import RuntimeFolder
-from server.worker.wire import Cancel, Item, LoadReport, Offer, Refused, StepOutputs
+from server.worker.rollout import Devices, Rollout
+from server.worker.router import Router
+from server.worker.wire import LoadReport, Refused, StepOutputs
 
 log = logging.getLogger(__name__)
 
@@ -23,89 +30,61 @@ _ORDER = ("ready", "loading", "starting", "restarting", "failed")
 """Of a model's replicas the one that is furthest speaks for the model."""
 
 
-@dataclass(slots=True)
-class _Place:
-    """Where the tokens of one item go."""
-
-    reply: Reply
-    choice: int
-    last_token_at: float | None = None
-
-
-@dataclass(slots=True)
-class _Route:
-    """Where the choices of one reply are computed."""
-
-    worker: Worker
-    items: dict[int, int] = field(default_factory=dict)
-    """Choice -> item, for choices that have not ended."""
-
-
-def replay_items(reply: Reply, numbers: Iterable[int], now: float) -> list[Item]:
-    """Items that carry on every unended choice from its log: prompt, then the tokens so far.
-
-    For a new reply, whose logs are empty, these are simply its items.
-    """
-    request = reply.request
-    open_choices = [choice for choice, end in enumerate(reply.ends) if not end]
-    return [
-        Item(
-            item=number,
-            request=request.id,
-            engine=request.model,
-            tokens=[*request.prompt, *reply.logs[choice].tokens],
-            prompt_length=len(request.prompt),
-            max_tokens=request.max_tokens,
-            sampling=request.sampling[choice],
-            prompt_logprobs=request.prompt_logprobs,
-            cache_salt=request.cache_salt,
-            waited=max(0.0, now - request.arrived),
-        )
-        for choice, number in zip(open_choices, numbers, strict=False)
-    ]
-
-
 class Supervisor:
     """Implements ``Dispatcher`` over worker processes. All methods run on the asyncio loop."""
 
     def __init__(
         self,
-        devices: Sequence[Sequence[EngineSpec]],
+        devices: Devices,
         settings: WorkerSettings,
         *,
         metrics: Metrics,
         clock: Callable[[], float],
         door: Door,
         on_change: Callable[[EngineStatus], None],
+        on_revert: Callable[[str], None],
     ) -> None:
-        """``devices`` has the engines of each worker. ``on_change`` is told each change of an engine's status."""
+        """``devices`` has the engines of each worker. ``on_change`` is told each change of an engine's status, and
+        ``on_revert`` the name of a model that a reload could not change: it is served as before."""
         self._metrics = metrics
         self._clock = clock
         self._door = door
         self._on_change = on_change
+        self._on_revert = on_revert
+        self._settings = settings
         self._folder = RuntimeFolder()
-        self._workers = [
-            Worker(index, specs, settings, self, self._folder, clock) for index, specs in enumerate(devices)
-        ]
-        self._places: dict[Worker, dict[int, _Place]] = {worker: {} for worker in self._workers}
-        self._routes: dict[Reply, _Route] = {}
-        for specs in devices:
+        self._numbers = itertools.count()
+        self._workers: dict[str, Worker] = {}
+        self._tasks: dict[Worker, asyncio.Task[None]] = {}
+        self._stops: set[asyncio.Task[None]] = set()
+        self._places = Places()
+        self._delivery = Delivery(self._places, metrics, door, clock)
+        self._router = Router(self._places, self._serving, clock)
+        self._rollout = Rollout(self._workers, self._places, self._router, self._reverted)
+        for device, specs in devices.items():
+            self._add(device, specs)
             for spec in specs:
                 door.shut(spec.name, "starting")
-        self._numbers = itertools.count(1)
-        self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
 
     # --- life
 
+    def _add(self, device: str, specs: Sequence[EngineSpec]) -> None:
+        self._workers[device] = Worker(next(self._numbers), specs, self._settings, self, self._folder, self._clock)
+
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(worker.run()) for worker in self._workers]
+        """Start the processes of workers that have none yet."""
+        for worker in self._workers.values():
+            if worker not in self._tasks:
+                self._tasks[worker] = asyncio.create_task(worker.run())
 
     async def wait_beyond_repair(self) -> None:
         """Return when no worker is left that could ever serve again. Raises what a worker's task raised."""
-        await asyncio.gather(*self._tasks)
+        while running := [task for task in self._tasks.values() if not task.done()]:
+            ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.gather(*ended)
 
     def drain(self) -> None:
         """Take nothing new; what is open goes on."""
@@ -117,187 +96,192 @@ class Supervisor:
 
     def fail_open(self, error: SlimserveError) -> None:
         """End all open replies with this error."""
-        for reply in list(self._routes):
+        for reply in self._places.replies:
             reply.fail(error)
 
     async def stop(self) -> None:
         """End all processes and remove the sockets. Idempotent."""
         self.drain()
-        await asyncio.gather(*(worker.stop() for worker in self._workers))
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.stop() for worker in self._tasks))
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._folder.remove()
 
     def kill(self) -> None:
         """Like ``stop``, without waiting for anything."""
-        for worker in self._workers:
+        for worker in self._tasks:
             worker.kill()
         self._folder.remove()
+
+    # --- reload
+
+    @property
+    def changing(self) -> bool:
+        """A reload goes on, or a model loads: another reload must wait."""
+        loading = any(
+            status.phase in ("starting", "loading", "restarting")
+            for worker in self._workers.values()
+            for status in worker.engines.values()
+        )
+        return loading or self._rollout.going_on
+
+    def reload(self, devices: Devices, settings: WorkerSettings) -> None:
+        """Serve these engines under these settings; streams go on, and what must be drained first is. Not while
+        ``changing``."""
+        self._settings = settings
+        for device, specs in devices.items():
+            worker = self._workers.get(device)
+            if worker is None or self._tasks[worker].done():
+                self._add(device, ())
+            for spec in specs:
+                if not self.replicas(spec.name):
+                    self._door.shut(spec.name, "starting")
+        for worker in self._workers.values():
+            if worker.configure(settings):
+                self._router.reoffer(worker, self._places.on(worker))
+        self._rollout.begin(devices)
+        self.start()
+        self._advance()
+
+    def _advance(self) -> None:
+        self._rollout.advance()
+        for device, worker in list(self._workers.items()):
+            if not worker.engines:
+                del self._workers[device]
+                task = asyncio.create_task(worker.stop())
+                self._stops.add(task)
+                task.add_done_callback(self._stops.discard)
+
+    def _reverted(self, model: str, reason: str) -> None:
+        """Requests that were made for the new form of a model cannot be given to the former one."""
+        self._on_revert(model)
+        self._fail(self._waiting(model), EngineUnavailable("The model could not be changed.", log=reason))
 
     # --- state
 
     def status(self, model: str) -> EngineStatus:
-        """Of the model's replica that is furthest."""
-        return min((worker.engines[model] for worker in self._serving(model)), key=lambda s: _ORDER.index(s.phase))
+        """Of the model's replica that is furthest; "starting" where a reload has just named it."""
+        found = (worker.engines[model] for worker in self._serving(model))
+        return min(found, key=lambda each: _ORDER.index(each.phase), default=EngineStatus(EngineSpec(name=model)))
 
     def replicas(self, model: str) -> int:
         """Workers that serve the model now."""
-        return sum(worker.serves(model) for worker in self._serving(model))
+        return sum(worker.serves(model, self._rollout.version(model)) for worker in self._serving(model))
 
     @property
     def open_replies(self) -> int:
-        return len(self._routes)
+        return len(self._places)
 
     def worker_pids(self) -> list[int]:
-        return [worker.pid for worker in self._workers if worker.pid is not None]
+        return [worker.pid for worker in self._workers.values() if worker.pid is not None]
 
     def _serving(self, model: str) -> list[Worker]:
-        return [worker for worker in self._workers if model in worker.engines]
+        return [worker for worker in self._workers.values() if model in worker.engines]
 
     # --- Dispatcher
 
     def submit(self, request: Request) -> Reply:
-        workers = self._serving(request.model)
-        if not workers:
+        if not self._serving(request.model):
             raise ModelNotFound(f"The model {request.model!r} does not exist.", param="model")
         if self._draining:
             raise EngineUnavailable("The server is shutting down.", retry_after=5)
         self._door.check(request)
-        ready = [worker for worker in workers if worker.serves(request.model)]
-        if not ready:
-            raise EngineUnavailable(f"The model {request.model} is not available now.", retry_after=2)
-        worker = min(ready, key=lambda one: len(self._places[one]))
         reply = Reply(request, self._closed)
-        items = replay_items(reply, self._numbers, self._clock())
-        worker.send(Offer(items))
+        self._router.file(reply, self._rollout.version(request.model))
         self._door.filed(request)
-        self._routes[reply] = _Route(worker, {item.sampling.choice: item.item for item in items})
-        self._places[worker].update({item.item: _Place(reply, item.sampling.choice) for item in items})
         self._empty.clear()
         return reply
 
     def stop_choice(self, reply: Reply, choice: int) -> None:
         reply.end_choice(choice, "stop")
-        self._cancel(reply, [choice])
+        place = self._places.choice(reply, choice)
+        if place is not None:
+            self._router.cancel([place])
 
     def _closed(self, reply: Reply) -> None:
         """The handler is done with it."""
-        self._cancel(reply, range(len(reply.ends)))
-        self._routes.pop(reply, None)
+        self._router.cancel(self._places.of(reply))
+        self._places.close(reply)
         self._door.ended(reply.request)
         self._metrics.request_ended(reply, ending_of(reply), self._clock())
-        if not self._routes:
+        if not self._places:
             self._empty.set()
+        self._advance()
 
-    def _cancel(self, reply: Reply, choices: Iterable[int]) -> None:
-        route = self._routes.get(reply)
-        if route is None:
-            return
-        items = [route.items[choice] for choice in choices if choice in route.items]
-        for item in items:
-            self._forget(route.worker, item)
-        if items:
-            try:
-                route.worker.send(Cancel(items))
-            except Overloaded as error:
-                log.warning("a cancel was not sent: %s", error.log)
-
-    def _forget(self, worker: Worker, item: int) -> _Place | None:
-        """The item has ended: nothing more is delivered to it."""
-        place = self._places[worker].pop(item, None)
-        if place is not None and place.reply in self._routes:
-            self._routes[place.reply].items.pop(place.choice, None)
-        return place
+    def _fail(self, places: Iterable[Place], error: SlimserveError) -> None:
+        for place in places:
+            self._router.ended(place)
+            place.reply.fail(error)
 
     # --- WorkerOwner
 
     def outputs(self, worker: Worker, outputs: StepOutputs) -> None:
-        now = self._clock()
-        places = self._places[worker]
-        self._metrics.step(outputs.engine, outputs.stats)
-        self._door.stepped(outputs.engine, outputs.stats)
-        gaps: list[float] = []
-        count = 0
-        for place_in_step, item in enumerate(outputs.items):
-            place = places.get(item)
-            if place is not None:
-                count += self._deliver(place, item, outputs, place_in_step, now, gaps)
-                if place.reply.ends[place.choice]:
-                    self._forget(worker, item)
-        self._metrics.tokens_delivered(outputs.engine, count, gaps)
-
-    def _deliver(
-        self, place: _Place, item: int, outputs: StepOutputs, index: int, now: float, gaps: list[float]
-    ) -> int:
-        """Tokens that were new; the time since the choice's last ones goes to ``gaps``, once for each."""
-        reply = place.reply
-        first = reply.first_token_at is None
-        reply.cached_tokens = max(reply.cached_tokens, outputs.cached_tokens[index])
-        reply.queue_seconds = reply.queue_seconds or outputs.queue_seconds[index]
-        try:
-            fresh = reply.deliver(
-                place.choice,
-                outputs.first_index[index],
-                outputs.tokens[index],
-                outputs.ends[index],
-                now=now,
-                logprobs=outputs.logprobs.get(item, ()),
-                prompt_logprobs=outputs.prompt_logprobs.get(item, ()),
-            )
-        except ValueError as error:
-            reply.fail(InternalError("The answer broke off by a fault of the server.", log=str(error)))
-            log.exception("tokens of request %d do not fit its log", reply.request.id)
-            return 0
-        if not fresh:
-            return 0
-        if first:
-            self._door.started(reply.request)
-            self._metrics.first_token(reply.request.model, now - reply.request.arrived)
-        if place.last_token_at is not None:
-            gaps += [(now - place.last_token_at) / len(fresh)] * len(fresh)
-        place.last_token_at = now
-        return len(fresh)
+        for place, fresh in self._delivery.deliver(worker, outputs):
+            if place.reply.ends[place.choice]:
+                self._router.ended(place)
+            elif fresh:
+                self._router.delivered(place)
 
     def refused(self, worker: Worker, refused: Refused) -> None:
-        error = Overloaded("The model cannot take the request now; try again later.", log=refused.reason, retry_after=1)
-        for item in refused.items:
-            place = self._forget(worker, item)
-            if place is not None:
-                place.reply.fail(error)
+        places = [place for item in refused.items if (place := self._places.at(worker, item)) is not None]
+        for reply in {place.reply for place in places}:
+            error, request = self._door.refusal(refused), reply.request
+            self._metrics.refused(request.model, error.reason, request.tenant)
+            self._fail([place for place in places if place.reply is reply], error)
 
     def reported(self, worker: Worker, report: LoadReport) -> None:
         self._metrics.load_report(worker.index, report)
         for load in report.engines:
-            self._door.reported(load)
+            self._door.reported(load, worker.index)
+        self._router.offer_waiting()
 
-    def lost(self, worker: Worker) -> None:
-        """Each waiting client gets one clear error; the details are in the log."""
-        error = EngineUnavailable("The model's worker process stopped while it worked on the request.", retry_after=2)
-        for item in list(self._places[worker]):
-            place = self._forget(worker, item)
-            if place is not None:
-                place.reply.fail(error)
+    def lost(self, worker: Worker, launched: Collection[int]) -> None:
+        """All that the worker had goes on elsewhere, but for what killed it alone."""
+        for engine in worker.engines:
+            self._door.lost(engine, worker.index)
         self._metrics.worker_gone(worker.index)
+        verdict, stranded = self._router.lost(worker, launched)
+        for place in stranded:
+            if place.item in verdict.struck:
+                self._metrics.struck(place.model)
+        guilty = [place for place in stranded if place.item == verdict.guilty]
+        for place in guilty:
+            log.error("request %d is ended: workers died of it", place.reply.request.id)
+        self._fail(guilty, InternalError("The model's worker process died of this request; it is not tried again."))
+        self._replay([place for place in stranded if place.item != verdict.guilty])
+
+    def _replay(self, places: Collection[Place]) -> None:
+        for model in {place.model for place in places}:
+            replies = {place.reply for place in places if place.model == model}
+            log.warning("%d open requests of %s go on from their logs", len(replies), model)
+            self._metrics.replayed(model, len(replies))
+        self._router.offer_waiting()
 
     def restarted(self, worker: Worker) -> None:
         self._metrics.worker_restarted(worker.index)
 
     def engine_changed(self, worker: Worker, status: EngineStatus) -> None:
         name = status.spec.name
+        if status.phase in ("ready", "failed"):
+            self._rollout.settled(worker, status)
         ready = self.replicas(name) > 0
         if ready:
             self._door.open(name)
-        else:
+            self._router.offer_waiting()
+        elif not any(each.engines[name].comes_back for each in self._serving(name)):
             self._door.shut(name, self._why_not(name))
+            self._give_up(name)
         self._metrics.model_ready(name, ready)
         self._on_change(status)
+        self._advance()
+
+    def _give_up(self, model: str) -> None:
+        """Nothing will compute what waits for this model."""
+        error = EngineUnavailable("The model's worker process keeps failing and was given up.", retry_after=30)
+        self._fail(self._waiting(model), error)
+
+    def _waiting(self, model: str) -> list[Place]:
+        return [place for places in self._places.waiting().values() for place in places if place.model == model]
 
     def _why_not(self, model: str) -> str:
         status = self.status(model)
         return status.reason or status.phase
-
-
-def ending_of(reply: Reply) -> End:
-    """The one ending of a request, whatever its choices have."""
-    if reply.error is not None:
-        return "error"
-    return next(end for end in ("error", "cancelled", "length", "stop") if end in reply.ends)

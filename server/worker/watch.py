@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from server.worker.wire import LoadReport
 
-FIRST_PAUSE = 0.5
+SECOND_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
-"""Seconds of back-off."""
+"""Seconds of back-off. The first restart after a settled step does not wait: streams do."""
+START_PATIENCE = 60.0
+"""Seconds that a process may say nothing while it starts or loads: importing large libraries stops all its threads."""
 
 
 class Watchdog:
@@ -21,9 +23,15 @@ class Watchdog:
         self._loading_since: float | None = None
         self._steps = 0
         self._busy = False
+        self._started = False
+
+    def patience(self, step_timeout: float, load_timeout: float) -> None:
+        """Other deadlines from now on."""
+        self._step_timeout, self._load_timeout = step_timeout, load_timeout
 
     def heard(self, now: float) -> None:
         """Any message came."""
+        self._started = True
         self._heard_at = now
 
     def settled(self, now: float) -> None:
@@ -47,28 +55,37 @@ class Watchdog:
             # This process itself stood still and has not read what came meanwhile: the silence is its own.
             self._heard_at = self._progress_at = now
         self._looked_at = now
-        if now - self._heard_at > self._step_timeout:
+        # The next look would be too late to find it within the time.
+        due = now + tick
+        if due - self._heard_at > self._silence:
             return f"it said nothing for {now - self._heard_at:.1f} s"
-        if self._busy and now - self._progress_at > self._step_timeout:
+        if self._busy and due - self._progress_at > self._step_timeout:
             return f"it settled no step for {now - self._progress_at:.1f} s"
         if self._loading_since is not None and now - self._loading_since > self._load_timeout:
             return f"the load took more than {self._load_timeout:.0f} s"
         return None
 
+    @property
+    def _silence(self) -> float:
+        """Longest time without a message."""
+        calm = self._started and self._loading_since is None
+        return self._step_timeout if calm else max(self._step_timeout, START_PATIENCE)
+
 
 class Backoff:
-    """Pauses that double, and a budget of restarts; both start afresh after a settled step."""
+    """A budget of restarts, the first at once and the others after pauses that double; a settled step resets it."""
 
     def __init__(self, budget: int) -> None:
-        self._budget = budget
+        self.budget = budget
+        """May be replaced at any time."""
         self._failures = 0
 
     def failed(self) -> float | None:
         """Seconds to wait before the next start; None when the budget is spent."""
         self._failures += 1
-        if self._failures > self._budget:
+        if self._failures > self.budget:
             return None
-        return float(min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (self._failures - 1)))
+        return min(LONGEST_PAUSE, SECOND_PAUSE * 2.0 ** (self._failures - 2)) if self._failures > 1 else 0.0
 
     def settled(self) -> None:
         self._failures = 0

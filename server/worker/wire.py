@@ -11,7 +11,6 @@ import msgspec
 
 from engines.protocol import Capacity, End, EngineInfo, EngineSpec, LoadProgress, SamplingParams, TokenLogprobs
 
-
 Priority = Literal["high", "normal", "low"]
 
 
@@ -79,11 +78,18 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     items: list[int]
 
 
+class Configure(msgspec.Struct, frozen=True, tag=True):
+    """Go on with these settings. All items are forgotten; those that are to go on are offered again after it."""
+
+    scheduler: bytes
+    """A ``SchedulerConfig`` as JSON, as on the worker's command line."""
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Exit at once with status 0. The API process has drained before."""
 
 
-ToWorker = LoadEngine | UnloadEngine | Offer | Cancel | Stop
+ToWorker = LoadEngine | UnloadEngine | Offer | Cancel | Configure | Stop
 
 
 # --- worker -> API process

@@ -101,7 +101,8 @@ def test_graphs_are_captured(engine: GenerationEngine, folder: Path) -> None:
         assert capacity.graph_rows == capacity.graph_tokens == ()
         return
     assert capacity.graph_rows == (1, 2, 4, 8, 16, 24, 32, 40)
-    assert capacity.graph_tokens == (16, 32, 64, 128, 192, 256, 384, 512)
+    longest = 64 if "deepseek" in folder.name else 512
+    assert capacity.graph_tokens == tuple(size for size in (16, 32, 64, 128, 192, 256, 384, 512) if size <= longest)
 
 
 def test_float32_tokens_are_those_without_graphs(engine: GenerationEngine) -> None:

@@ -73,6 +73,15 @@ def test_what_the_machine_chooses(rows: int, dtype: torch.dtype) -> None:
         assert case.distance(result) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[4]])
+def test_more_tiles_than_run_at_once(config: SkinnyConfig) -> None:
+    """Programs then also ask for the weights of the tiles that follow."""
+    if not runs_here(config):
+        pytest.skip("needs a Hopper GPU")
+    case = LinearCase.draw(4, 70_002, 528, torch.bfloat16, DEVICE, norm=True, gated=True)
+    assert case.distance(case.run(config)) < TOLERANCE[torch.bfloat16]
+
+
 def test_float32_results_are_not_rounded() -> None:
     case = LinearCase.draw(4, 512, 1024, torch.bfloat16, DEVICE)
     packed = kernels.pack_linear(case.weight)

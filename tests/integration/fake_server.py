@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +22,11 @@ PATIENCE = 20.0
 """Seconds until a test gives up waiting for something that takes a fraction of one."""
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> float:
+def wait_until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> float:
     """Seconds that it took."""
     started = time.monotonic()
     while not condition():
-        assert time.monotonic() - started < PATIENCE, f"waited for {what} in vain"
+        assert time.monotonic() - started < patience, f"waited for {what} in vain"
         time.sleep(0.02)
     return time.monotonic() - started
 
@@ -55,8 +56,7 @@ class FakeServer:
         wait_until(up, "readiness")
 
     def workers(self) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "server.worker.main" in child.cmdline()]
+        return workers_of(self.process)
 
     def body(self, model: str = "fake", **fields: Any) -> dict[str, Any]:
         return {"model": model, "prompt": [1, 2, 3], "max_tokens": 20, "ignore_eos": True, **fields}
@@ -69,6 +69,17 @@ class FakeServer:
 
     def wait(self) -> int:
         return self.process.wait(PATIENCE)
+
+
+def workers_of(server: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return [child for child in psutil.Process(server.pid).children() if _is_worker(child)]
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return "server.worker.main" in process.cmdline()
+    except psutil.NoSuchProcess:  # it ends just now
+        return False
 
 
 def configuration(*models: str, **options: Any) -> str:
@@ -86,13 +97,23 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def fake_server(folder: Path, config: str, *arguments: str, ready: bool = True) -> Iterator[FakeServer]:
+def fake_server(
+    folder: Path,
+    config: str,
+    *arguments: str,
+    ready: bool = True,
+    log: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> Iterator[FakeServer]:
+    """``environment`` comes on top of this process's own, less what is Slimserve's."""
     (folder / "config.yaml").write_text(config)
-    log = folder / "log"
+    log = log or folder / "log"
     port = free_port()
     command = slimserve("serve", "--config", str(folder / "config.yaml"), "--port", str(port), *arguments)
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment())
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=_environment() | (environment or {})
+        )
     server = FakeServer(process, port, log)
     try:
         if ready:
@@ -101,6 +122,12 @@ def fake_server(folder: Path, config: str, *arguments: str, ready: bool = True) 
     finally:
         process.kill()
         process.wait()
+
+
+def sabotage(folder: Path, code: str) -> dict[str, str]:
+    """Environment of a server whose processes run ``code`` when they start: engines that break in a wanted way."""
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(code))
+    return {"PYTHONPATH": os.pathsep.join((str(folder), str(Path(__file__).parents[2])))}
 
 
 def _environment() -> dict[str, str]:

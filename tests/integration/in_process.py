@@ -15,14 +15,17 @@ import uvicorn
 
 from engines.fake import FakeEngine, fake_token
 from engines.manifest import Manifest
-from engines.protocol import Capacity
+from engines.protocol import Capacity, StepPlan
+from server.admission import Door
 from server.api.routes import create_api
 from server.api.state import ApiSettings, ApiState
 from server.errors import Overloaded
 from server.requests import Reply, Request
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.core import DynamicBatchScheduler, ItemUpdate
-from server.worker.supervisor import replay_items
+from server.tenants import TenantTable
+from server.worker.places import Place
+from server.worker.wire import Refused
 from tests.unit.api.harness import MAX_MODEL_LEN, make_state
 
 CAPACITY = Capacity(blocks=512, block_size=16, max_rows=32, max_step_tokens=512, max_model_len=MAX_MODEL_LEN)
@@ -35,14 +38,15 @@ class InProcessDispatcher:
         self.engine = FakeEngine("tiny", CAPACITY)
         self.scheduler = DynamicBatchScheduler(SchedulerConfig())
         self.scheduler.add_engine("tiny", CAPACITY, "fake")
+        self._door = Door(clock=time.monotonic)
         self._numbers = itertools.count()
         self._places: dict[int, tuple[Reply, int]] = {}
         self._stepping: asyncio.Task[None] | None = None
 
     def submit(self, request: Request) -> Reply:
-        items = replay_items(Reply(request, self._closed), self._numbers, time.monotonic())
-        reply = Reply(request, self._closed)
-        reason = self.scheduler.offer(items, time.monotonic())
+        now, reply = time.monotonic(), Reply(request, self._closed)
+        items = [Place(next(self._numbers), reply, choice).to_item(now) for choice in range(len(request.sampling))]
+        reason = self.scheduler.offer(items, now)
         if reason is not None:
             raise Overloaded(reason, retry_after=1)
         self._places |= {item.item: (reply, item.sampling.choice) for item in items}
@@ -63,11 +67,19 @@ class InProcessDispatcher:
         self.scheduler.cancel(items)
 
     async def _step_on(self) -> None:
-        while (plan := self.scheduler.plan(time.monotonic(), {"tiny": CAPACITY})) is not None:
+        while (plan := self._plan()) is not None:
             result = self.engine.collect(self.engine.launch(plan))
             for update in self.scheduler.settle(result, time.monotonic()):
                 self._deliver(update)
             await asyncio.sleep(0)
+
+    def _plan(self) -> StepPlan | None:
+        plan = self.scheduler.plan(time.monotonic(), {"tiny": CAPACITY})
+        for dropped in self.scheduler.dropped():
+            error = self._door.refusal(Refused(0, dropped.items, dropped.reason, dropped.kind, dropped.retry_after))
+            for reply, _ in [self._places.pop(item) for item in dropped.items]:
+                reply.fail(error)
+        return plan
 
     def _deliver(self, update: ItemUpdate) -> None:
         place = self._places.get(update.item)
@@ -104,9 +116,11 @@ class Running:
 
 
 @contextmanager
-def serving(manifest: Manifest, settings: ApiSettings | None = None) -> Iterator[Running]:
+def serving(
+    manifest: Manifest, settings: ApiSettings | None = None, tenants: TenantTable | None = None
+) -> Iterator[Running]:
     dispatcher = InProcessDispatcher()
-    state = make_state(manifest, dispatcher, settings=settings)
+    state = make_state(manifest, dispatcher, settings=settings, tenants=tenants, clock=time.monotonic)
     config = uvicorn.Config(create_api(state), http="h11", ws="none", lifespan="off", log_level="warning")
     server = uvicorn.Server(config)
     with socket.socket() as listener:

@@ -62,7 +62,8 @@ def test_no_case_breaks_the_server(running: Running, path: str, kind: str) -> No
 
     check()
     assert sum(statuses.values()) >= KINDS[kind]
-    assert set(statuses) <= {200, 400, 404, 405, 413}, statuses
+    # 503 and 504: a target or a timeout so short that it must be missed.
+    assert set(statuses) <= {200, 400, 404, 405, 413, 503, 504}, statuses
     if kind == "fitting":
         assert statuses[200] > KINDS[kind] // 2, statuses
     assert running.blocks_used() == 0

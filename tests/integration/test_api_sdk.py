@@ -14,6 +14,7 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from server.api.state import ApiSettings
 from server.errors import Overloaded
+from server.tenants import TenantTable
 from tests.integration.in_process import Running, serving
 from tests.unit.api.harness import MAX_MODEL_LEN, close_texts, write_model
 
@@ -24,7 +25,7 @@ KEY = "sesame"
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     manifest = write_model(tmp_path_factory.mktemp("tiny"))
-    with serving(manifest, ApiSettings(api_keys=(KEY,), max_body=1 << 20)) as server:
+    with serving(manifest, ApiSettings(max_body=1 << 20), TenantTable(api_keys=(KEY,))) as server:
         yield server
     close_texts()
 

@@ -52,14 +52,6 @@ def errors_in(events: list[str]) -> list[dict[str, object]]:
     return [json.loads(event)["error"] for event in events if event != "[DONE]" and "error" in json.loads(event)]
 
 
-def count(server: FakeServer, name: str) -> float:
-    """0 before the first time."""
-    try:
-        return metric(server.url, name)
-    except KeyError:
-        return 0
-
-
 def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
@@ -67,46 +59,6 @@ def gone(process: psutil.Process) -> bool:
 def breaks_off(server: FakeServer) -> None:
     with contextlib.suppress(httpx.TransportError):
         server.complete()
-
-
-def test_killed_worker_ends_each_stream_with_one_error_and_comes_back(lasting: FakeServer) -> None:
-    restarts = count(lasting, "slimserve_worker_restarts_total")
-    errors = metric(lasting.url, "slimserve_requests_total", ending="error")
-    with streams(lasting, 5, **ENDLESS) as opened:
-        [worker] = lasting.workers()
-        worker.kill()
-        for stream in opened:
-            events = stream.rest()
-            [error] = errors_in(events)
-            assert error["type"] == "engine_unavailable"
-            assert "worker" in str(error["message"])
-    wait_until(lambda: not lasting.ready() or lasting.workers() not in ([], [worker]), "the death to show")
-    lasting.wait_ready()
-    assert lasting.complete().status_code == 200
-    assert count(lasting, "slimserve_worker_restarts_total") == restarts + 1
-    assert metric(lasting.url, "slimserve_requests_total", ending="error") == errors + 5
-    assert "SIGKILL" in lasting.log
-
-
-def test_while_the_worker_is_away_readiness_and_requests_say_so(lasting: FakeServer) -> None:
-    lasting.workers()[0].kill()
-    wait_until(lambda: not lasting.ready(), "readiness to go")
-    refused = lasting.complete()
-    assert refused.status_code == 503
-    assert refused.json()["error"]["type"] == "engine_unavailable"
-    assert int(refused.headers["retry-after"]) >= 1
-    lasting.wait_ready()
-
-
-def test_requests_that_wait_for_one_answer_get_one_error_too(lasting: FakeServer) -> None:
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(lasting.complete(**ENDLESS)))
-    thread.start()
-    wait_until(lambda: metric(lasting.url, "slimserve_requests_running") > 0, "the request to run")
-    lasting.workers()[0].kill()
-    thread.join(PATIENCE)
-    assert answers[0].status_code == 503
-    assert answers[0].json()["error"]["type"] == "engine_unavailable"
 
 
 def test_killed_api_process_takes_the_worker_with_it(server: FakeServer) -> None:
@@ -192,23 +144,11 @@ def test_ctrl_c_in_the_terminal_does_not_reach_the_worker(lasting: FakeServer) -
     assert os.getsid(worker.pid) != os.getsid(lasting.process.pid)
 
 
-def test_stalled_worker_is_found_killed_and_replaced(lasting: FakeServer) -> None:
-    with streams(lasting, 2, **ENDLESS) as opened:
-        [worker] = lasting.workers()
-        worker.suspend()
-        for stream in opened:
-            assert len(errors_in(stream.rest())) == 1
-        wait_until(lambda: gone(worker), "the worker to go")
-    lasting.wait_ready()
-    assert lasting.complete().status_code == 200
-    assert "it said nothing for" in lasting.log
-
-
 def test_step_that_hangs_is_found_though_the_worker_reports(tmp_path: Path) -> None:
     with fake_server(tmp_path, configuration("fake fake_step_seconds=600", step_timeout=1.5)) as server:
-        answer = server.complete()
-        assert answer.status_code == 503
-        wait_until(lambda: "it settled no step for" in server.log, "the reason in the log")
+        # It hangs among others, again, and alone: then it is the request's fault.
+        assert server.complete().status_code == 500
+        wait_until(lambda: server.log.count("it settled no step for") == 3, "the reason in the log")
 
 
 def test_port_in_use_is_said_before_any_model_work(tmp_path: Path) -> None:
@@ -232,20 +172,6 @@ def test_two_models_share_one_worker(tmp_path: Path) -> None:
         assert server.complete("b", max_tokens=100).status_code == 400
         assert server.complete("c").status_code == 404
         assert metric(server.url, "slimserve_requests_total", model="b", ending="length") == 1
-
-
-def test_replicas_are_workers_of_one_model_that_share_its_load(tmp_path: Path) -> None:
-    with fake_server(tmp_path, configuration(f"{SLOW} replicas=2")) as server:
-        workers = server.workers()
-        assert len(workers) == 2
-        with streams(server, 4, **ENDLESS):
-            wait_until(lambda: metric(server.url, "slimserve_requests_running") == 4, "all four to run")
-            workers[0].kill()
-            wait_until(lambda: metric(server.url, "slimserve_requests_total", ending="error") == 2, "two errors")
-            assert server.ready()
-            assert server.complete().status_code == 200
-            assert metric(server.url, "slimserve_requests_total", ending="error") == 2
-        wait_until(lambda: len(server.workers()) == 2, "the second worker to come back")
 
 
 def test_no_torch_in_the_api_process(lasting: FakeServer) -> None:

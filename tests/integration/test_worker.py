@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import pytest
 import zmq
 
@@ -17,10 +18,12 @@ from engines import registry
 from engines.fake import FakeEngine, fake_token
 from engines.protocol import EngineSpec, SamplingParams, StepResult
 from server.scheduler.config import SchedulerConfig
+from server.worker.flight_record import FlightRecord
 from server.worker.loop import WorkerLoop
 from server.worker.mailbox import Mailbox
 from server.worker.wire import (
     Cancel,
+    Configure,
     FromWorker,
     Hello,
     Item,
@@ -128,6 +131,22 @@ def test_hello_load_offer_cancel_unload_stop(api: ApiSide, process: subprocess.P
     assert process.wait(5) == 0
 
 
+def test_other_settings_forget_all_items_and_serve_on(api: ApiSide, process: subprocess.Popen[bytes]) -> None:
+    api.send(LoadEngine(FAKE))
+    api.next(Loaded)
+    api.send(Offer([item(1, max_tokens=1500)]))
+    api.next(StepOutputs)
+    api.send(Configure(msgspec.json.encode(SchedulerConfig(max_batch=1, policy="static"))))
+    api.send(Offer([item(2), item(3)]))
+    assert tokens_of(api, 2) == ([fake_token(2, 0, position) for position in range(5)], "length")
+    assert tokens_of(api, 3)[1] == "length"
+    report = api.next(LoadReport)
+    while report.engines[0].running:
+        report = api.next(LoadReport)
+    assert report.engines[0].blocks_used == 0
+    assert report.steps > 5, "steps count on"
+
+
 def test_items_of_an_unloaded_engine_end_with_an_error(api: ApiSide, process: subprocess.Popen[bytes]) -> None:
     api.send(LoadEngine(FAKE))
     api.next(Loaded)
@@ -187,7 +206,10 @@ class BrokenEngine(FakeEngine):
 class LoopInThread:
     def __init__(self, address: str) -> None:
         self.error: BaseException | None = None
-        self._loop = WorkerLoop(Mailbox(address), SchedulerConfig(), incarnation=1, clock=time.monotonic)
+        self._record = FlightRecord.create()
+        self._loop = WorkerLoop(
+            Mailbox(address), SchedulerConfig(), record=self._record, incarnation=1, clock=time.monotonic
+        )
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -200,6 +222,8 @@ class LoopInThread:
     def join(self) -> None:
         self._thread.join(20)
         assert not self._thread.is_alive()
+        self.launched = self._record.items()
+        self._record.close()
 
 
 def test_a_report_leaves_while_a_step_is_long(api: ApiSide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +241,7 @@ def test_a_report_leaves_while_a_step_is_long(api: ApiSide, tmp_path: Path, monk
     api.send(Stop())
     loop.join()
     assert loop.error is None
+    assert loop.launched == set()
 
 
 def test_what_a_step_raises_ends_the_loop(api: ApiSide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +253,7 @@ def test_what_a_step_raises_ends_the_loop(api: ApiSide, tmp_path: Path, monkeypa
     api.send(Offer([item(1)]))
     loop.join()
     assert isinstance(loop.error, ArithmeticError)
+    assert loop.launched == {1}
 
 
 def test_engines_that_serve_go_on_while_another_one_loads(

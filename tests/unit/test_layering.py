@@ -25,8 +25,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.worker.wire": ("engines.protocol",),
     "server.requests": ("server.errors", "engines.protocol"),
     "server.text": ("server.text", "server.errors", "engines."),
-    "server.admission": ("server.errors", "server.requests", "server.worker.wire", "engines.protocol"),
-    "server.metrics": ("server.requests", "server.worker.wire", "engines.protocol"),
+    "server.lane": ("server.scheduler.deadlines", "server.requests", "server.worker.wire"),
+    "server.admission": ("server.lane", "server.errors", "server.requests", "server.worker.wire", "engines.protocol"),
+    "server.metric_table": (),
+    "server.tenants": ("server.errors", "server.worker.wire"),
+    "server.quotas": ("server.errors", "server.tenants"),
+    "server.metrics": ("server.metric_table", "server.requests", "server.worker.wire", "engines.protocol"),
 }
 """Of the project's own modules each may import only those; the longest matching entry counts."""
 

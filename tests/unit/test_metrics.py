@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from engines.protocol import SamplingParams
-from server.metrics import TABLE, Metrics
+from server.metric_table import TABLE
+from server.metrics import Metrics
 from server.requests import Reply, Request
 from server.worker.wire import EngineLoad, LoadReport, StepStats
 
@@ -45,8 +47,8 @@ def make() -> Metrics:
     return Metrics(["m", "n"], version="9.9")
 
 
-def reply_of(model: str) -> Reply:
-    request = Request(0, model, [1, 2, 3], 4, (SamplingParams(seed=1),), arrived=10.0)
+def reply_of(model: str, tenant: str = "") -> Reply:
+    request = Request(0, model, [1, 2, 3], 4, (SamplingParams(seed=1),), arrived=10.0, tenant=tenant)
     reply = Reply(request, lambda _: None)
     reply.deliver(0, 0, [5, 6], "stop", now=10.5)
     return reply
@@ -71,6 +73,69 @@ def test_only_known_models_are_labels() -> None:
     assert value(metrics, "http_refusals_total", model="unknown", reason="model_not_found") == 1
     assert value(metrics, "http_refusals_total", model="m", reason="overloaded") == 1
     assert "passwd" not in metrics.render().decode()
+
+
+def test_tenants_are_counted_apart_and_their_number_is_bounded() -> None:
+    names = [f"t{number}" for number in range(150)]
+    metrics = Metrics(["m"], version="9.9", tenants=names)
+    for name in (*names, "gone"):
+        metrics.refused("m", "quota_tokens", name)
+        reply = reply_of("m", name)
+        metrics.request_ended(reply, "stop", now=12.0)
+    assert value(metrics, "tenant_refusals_total", tenant="t0", reason="quota_tokens") == 1
+    assert value(metrics, "tenant_refusals_total", tenant="other") == 51
+    assert value(metrics, "tenant_tokens_total", tenant="t1", kind="prompt") == 3
+    assert value(metrics, "tenant_tokens_total", tenant="t1", kind="output") == 2
+    assert value(metrics, "tenant_requests_total", tenant="t1", ending="stop") == 1
+    assert value(metrics, "tenant_time_to_first_token_seconds_sum", tenant="t1") == 0.5
+    assert "gone" not in metrics.render().decode()
+
+
+def test_the_nameless_tenant_has_no_series() -> None:
+    metrics = make()
+    metrics.refused("m", "overloaded")
+    metrics.request_ended(reply_of("m"), "stop", now=12.0)
+    assert 'tenant="' not in metrics.render().decode()
+
+
+def test_models_and_tenants_of_a_reload_become_labels() -> None:
+    metrics = make()
+    metrics.know(["m", "new"], ["t"])
+    assert value(metrics, "requests_total", model="new", ending="error") == 0
+    metrics.refused("new", "overloaded", "t")
+    assert value(metrics, "tenant_refusals_total", tenant="t") == 1
+    assert value(metrics, "requests_total", model="m", ending="error") == 0
+
+
+def test_decisions_of_the_scheduler_are_counted_by_reason_over_restarts() -> None:
+    metrics = make()
+    first = replace(engine_load(), decisions={"late_drop": 3, "chunk": 1}, recomputed_tokens=5, computed_tokens=50)
+    metrics.load_report(0, report(1, first))
+    metrics.load_report(0, report(1, replace(first, decisions={"late_drop": 4, "chunk": 1, "new": 2})))
+    metrics.worker_gone(0)
+    metrics.load_report(0, report(2, replace(first, decisions={"late_drop": 1})))
+    assert value(metrics, "scheduler_decisions_total", model="m", reason="late_drop") == 5
+    assert value(metrics, "scheduler_decisions_total", model="m", reason="new") == 2
+    assert value(metrics, "recomputed_tokens_total", model="m") == 10
+    assert value(metrics, "computed_tokens_total", model="m") == 100
+
+
+def test_predictions_of_several_workers_show_the_worst() -> None:
+    metrics = make()
+    metrics.load_report(0, report(1, replace(engine_load(), predicted_wait=3.0, step_error_p95=0.1)))
+    metrics.load_report(1, report(1, replace(engine_load(), predicted_wait=1.0, step_error_p95=0.2)))
+    assert value(metrics, "predicted_wait_seconds", model="m") == 3.0
+    assert value(metrics, "step_error_p95", model="m") == 0.2
+    metrics.worker_gone(0)
+    assert value(metrics, "predicted_wait_seconds", model="m") == 1.0
+
+
+def test_replays_and_strikes_are_counted() -> None:
+    metrics = make()
+    metrics.replayed("m", 64)
+    metrics.struck("m")
+    assert value(metrics, "replayed_requests_total", model="m") == 64
+    assert value(metrics, "strikes_total", model="m") == 1
 
 
 def test_an_ended_request_is_counted_with_its_times() -> None:

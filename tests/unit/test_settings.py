@@ -7,7 +7,19 @@ import pytest
 
 from server import settings as settings_module
 from server.errors import UsageError
-from server.settings import ModelSettings, Settings, is_loopback, load_settings, parse_duration, parse_memory
+from server.requests import Targets
+from server.settings import (
+    ClassTargets,
+    ModelSettings,
+    Settings,
+    is_loopback,
+    load_settings,
+    parse_duration,
+    parse_memory,
+)
+from server.tenants import NOBODY, hash_key
+
+KEY = "slim-a-long-enough-key"
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +87,13 @@ def test_served_name_is_the_last_part_of_the_source(source: str, name: str) -> N
         ("models: [{source: ./a}, {source: b/a}]\n", "two entries are served as a"),
         ("models: [{source: ./a, dtype: int3}]\n", "models.0.dtype"),
         ("target_ttft: 200\n", "target_ttft"),
+        ("classes: {urgent: {target_ttft: 1s}}\n", "classes.urgent"),
+        (
+            "classes: {high: {target_tftt: 1s}}\n",
+            r"classes\.high\.target_tftt: unknown.*target_ttft",
+        ),
+        ("policy: magic\n", "policy"),
+        ("tenants: nothing.yaml\n", "nothing.yaml cannot be read"),
         ("memory_limit: lots\n", "8GiB"),
         ("port: [\n", "cannot be read"),
         ("- 1\n", "cannot be read"),
@@ -110,6 +129,31 @@ def test_another_host_than_loopback_needs_a_key_or_a_permission(monkeypatch: pyt
     assert "secret" not in repr(settings)
 
 
+def test_targets_of_a_class_win_over_those_of_the_top_level(tmp_path: Path) -> None:
+    text = "target_ttft: 2s\nclasses: {high: {target_ttft: 500ms}, low: {target_tpot: 1s}}\n"
+    settings = load_settings({}, config=write(tmp_path, text))
+    assert settings.targets() == {
+        "high": Targets(0.5, None),
+        "normal": Targets(2.0, None),
+        "low": Targets(2.0, 1.0),
+    }
+    assert set(load_settings({}).targets().values()) == {Targets()}
+
+
+def test_tenants_and_the_api_key_open_the_server_and_the_admin_key_does_not_close_it(tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.yaml"
+    tenants.write_text(f"tenants: [{{name: a, keys: ['{hash_key(KEY)}']}}]")
+    config = write(tmp_path, f"tenants: {tenants}\nhost: 0.0.0.0\n")
+    table = load_settings({"api_key": "operator"}, config=config).tenant_table()
+    tenant = table.find(KEY.encode())
+    assert tenant is not None
+    assert tenant.name == "a"
+    assert table.find(b"operator") is NOBODY
+    assert table.find(b"") is None
+    assert load_settings({"admin_key": "boss"}).tenant_table().open
+    assert "boss" not in repr(load_settings({"admin_key": "boss"}))
+
+
 @pytest.mark.parametrize(
     ("host", "expected"),
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
@@ -139,7 +183,7 @@ def test_memory_is_a_size_or_a_share(text: str, value: float) -> None:
 
 
 def test_each_option_has_a_default_and_a_docstring() -> None:
-    for model in (Settings, ModelSettings):
+    for model in (Settings, ModelSettings, ClassTargets):
         for name, field in model.model_fields.items():
             assert not field.is_required(), f"{model.__name__}.{name} has no default"
             assert field.description, f"{model.__name__}.{name} has no docstring"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from server.worker.watch import LONGEST_PAUSE, Backoff, Watchdog
+from server.worker.watch import LONGEST_PAUSE, START_PATIENCE, Backoff, Watchdog
 from server.worker.wire import EngineLoad, LoadReport
 
 TICK = 0.25
@@ -35,11 +35,20 @@ def look(watchdog: Watchdog, start: float, end: float) -> str | None:
     return None
 
 
-def test_silence_is_found_after_the_step_timeout() -> None:
+def test_silence_is_found_within_the_step_timeout() -> None:
     watchdog = Watchdog(0.0, step_timeout=10, load_timeout=100)
     watchdog.heard(3.0)
-    assert look(watchdog, 0.0, 13.0) is None
-    assert "said nothing" in (look(watchdog, 13.0, 14.0) or "")
+    assert look(watchdog, 0.0, 13.0 - 2 * TICK) is None
+    assert "said nothing" in (look(watchdog, 13.0 - 2 * TICK, 13.0) or "")
+
+
+def test_a_process_that_starts_or_loads_may_say_nothing_for_longer() -> None:
+    watchdog = Watchdog(0.0, step_timeout=2, load_timeout=1000)
+    assert look(watchdog, 0.0, START_PATIENCE - 1) is None
+    watchdog.heard(START_PATIENCE - 1)
+    watchdog.loading(START_PATIENCE - 1, unfinished=True)
+    assert look(watchdog, START_PATIENCE - 1, 2 * START_PATIENCE - 2) is None
+    assert "said nothing" in (look(watchdog, 2 * START_PATIENCE - 2, 2 * START_PATIENCE) or "")
 
 
 def test_an_idle_worker_that_reports_is_well() -> None:
@@ -51,19 +60,19 @@ def test_an_idle_worker_that_reports_is_well() -> None:
 
 def test_a_step_that_never_settles_is_found_though_reports_come() -> None:
     watchdog = Watchdog(0.0, step_timeout=10, load_timeout=100)
-    for second in range(10):
+    for second in range(9):
         watchdog.report(report(5, "step", running=1), float(second))
         assert look(watchdog, second, second + 1) is None
-    watchdog.report(report(5, "step", running=1), 10.0)
-    assert "settled no step" in (look(watchdog, 10.0, 11.0) or "")
+    watchdog.report(report(5, "step", running=1), 9.0)
+    assert "settled no step" in (look(watchdog, 9.0, 10.0) or "")
 
 
 def test_settled_steps_are_progress_without_a_report() -> None:
     watchdog = Watchdog(0.0, step_timeout=10, load_timeout=100)
     watchdog.report(report(5, "step", running=1), 0.0)
     watchdog.settled(8.0)
-    assert look(watchdog, 0.0, 18.0) is None
-    assert "said nothing" in (look(watchdog, 18.0, 19.0) or "")
+    assert look(watchdog, 0.0, 17.5) is None
+    assert "said nothing" in (look(watchdog, 17.5, 18.0) or "")
 
 
 def test_work_that_is_never_planned_is_found() -> None:
@@ -106,18 +115,19 @@ def test_a_load_has_its_own_deadline() -> None:
 
 def test_a_pause_of_this_process_is_not_blamed_on_the_worker() -> None:
     watchdog = Watchdog(0.0, step_timeout=10, load_timeout=100)
+    watchdog.heard(0.0)
     assert look(watchdog, 0.0, 1.0) is None
     assert watchdog.verdict(500.0, TICK) is None
     assert look(watchdog, 500.0, 509.0) is None
     assert look(watchdog, 509.0, 511.0) is not None
 
 
-def test_pauses_double_up_to_the_longest_and_start_afresh_after_a_step() -> None:
+def test_the_first_restart_is_at_once_and_pauses_double_up_to_the_longest_and_start_afresh_after_a_step() -> None:
     backoff = Backoff(budget=9)
-    assert [backoff.failed() for _ in range(9)] == [0.5, 1, 2, 4, 8, 16, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
+    assert [backoff.failed() for _ in range(9)] == [0, 0.5, 1, 2, 4, 8, 16, LONGEST_PAUSE, LONGEST_PAUSE]
     assert backoff.failed() is None
     backoff.settled()
-    assert backoff.failed() == 0.5
+    assert backoff.failed() == 0
 
 
 def test_a_budget_of_none_gives_up_at_once() -> None:

@@ -44,7 +44,6 @@ class TritonKernels:
             mixture,
             mla,
             mla_prefill,
-            prefetch,
             prefill_attention,
             sampling,
             skinny,
@@ -67,7 +66,6 @@ class TritonKernels:
         self.rope_write_kv = elementwise.rope_write_kv
         self.write_cache = elementwise.write_cache
         self.gumbel_noise = sampling.gumbel_noise
-        self.branch = prefetch.branch
         self.reserve_skinny = skinny.reserve
         self.skinny_config = skinny.skinny_config
         self.skinny_linear = skinny.skinny_linear

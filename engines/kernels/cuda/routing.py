@@ -22,20 +22,17 @@ from engines.kernels.cuda.scratch import Counters
 if TYPE_CHECKING:
     from engines.kernels.experts import RoutedBatch, Router
 
-PROGRAMS = 128
-"""So many share the work of a step with few tokens: about as many as a GPU has multiprocessors."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
     tokens: int
     depth: int
-    norm: int
-    """Columns at once where the norm is taken."""
     warps: int
+    programs: int
+    """So many share the work, about."""
 
 
-FEW, MANY = _Tile(16, 128, 512, 4), _Tile(64, 64, 256, 8)
+FEW, MANY = _Tile(16, 128, 4, 128), _Tile(32, 64, 4, 512)
 
 
 @triton.jit
@@ -57,19 +54,70 @@ def _uniform_scores(positions, token_ids, tokens, present, layer, EXPERTS: tl.co
 
 
 @triton.jit
-def _choose(scores, ranked, EXPERTS_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr):
-    """The CHOSEN best of each row: (rows, COLUMNS) numbers and scores, the best first; at a tie the lower number."""
-    expert = tl.arange(0, EXPERTS_BLOCK)[None, :]
-    column = tl.arange(0, COLUMNS)[None, :]
-    numbers = tl.zeros((scores.shape[0], COLUMNS), tl.int32)
-    weights = tl.zeros((scores.shape[0], COLUMNS), tl.float32)
-    for rank in tl.static_range(CHOSEN):
-        best = tl.argmax(ranked, 1, tie_break_left=True)
-        taken = expert == best[:, None]
-        numbers = tl.where(column == rank, best[:, None], numbers)
-        weights = tl.where(column == rank, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], weights)
-        ranked = tl.where(taken, float("-inf"), ranked)
-    return numbers, weights
+def _ranks(values, number, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr):
+    """The place of the CHOSEN largest of each row, none of which is negative, in descending order; CHOSEN of others.
+
+    At a tie the lower number comes first.
+    """
+    # Floats that are not negative have the order of their bits; one maximum then finds value and number.
+    key = (values.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (EXPERTS - number).to(tl.int64)[None, :]
+    key = tl.where((number < EXPERTS)[None, :], key, -1)
+    rank = tl.zeros_like(key).to(tl.int32) + CHOSEN
+    for place in tl.static_range(CHOSEN):
+        best = key == tl.max(key, 1)[:, None]
+        rank = tl.where(best, place, rank)
+        key = tl.where(best, -1, key)
+    return rank
+
+
+@triton.jit
+def _store_choice(
+    scores,
+    ranked,
+    token,
+    present,
+    valid,
+    scale,
+    weights,
+    experts,
+    counts,
+    EXPERTS: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Each token's CHOSEN best experts by ``ranked``, with their scores as weights, and after them the shared ones."""
+    expert = tl.arange(0, EXPERTS_BLOCK)
+    rank = _ranks(ranked, expert, EXPERTS, CHOSEN)
+    taken = rank < CHOSEN
+    total = tl.sum(tl.where(taken, scores, 0.0), 1)[:, None] + 1e-20 if NORMALISE else 1.0
+    first = token.to(tl.int64)[:, None] * (CHOSEN + SHARED)
+    numbers = tl.zeros_like(rank) + expert[None, :]
+    tl.store(weights + first + rank, scores * scale / total, mask=taken & present[:, None])
+    tl.store(experts + first + rank, tl.where(valid[:, None], numbers, -1), mask=taken & present[:, None])
+    if COUNT:
+        tl.atomic_add(counts + numbers, tl.zeros_like(rank) + 1, mask=taken & valid[:, None], sem="relaxed")
+    if SHARED > 0:
+        column = tl.arange(0, COLUMNS)[None, :]
+        zeros = tl.zeros((token.shape[0], COLUMNS), tl.int32)
+        always = EXPERTS + column + zeros
+        is_shared = present[:, None] & (column < SHARED)
+        tl.store(weights + first + CHOSEN + column, zeros.to(tl.float32) + 1.0, mask=is_shared)
+        tl.store(experts + first + CHOSEN + column, tl.where(valid[:, None], always, -1), mask=is_shared)
+        if COUNT:
+            tl.atomic_add(counts + always, zeros + 1, mask=is_shared & valid[:, None], sem="relaxed")
+
+
+@triton.jit
+def _norm_one(hidden, gain, normed, token, hidden_stride, eps, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr):
+    dims = tl.arange(0, WIDTH_BLOCK)
+    x = tl.load(hidden + token * hidden_stride + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)
+    factor = tl.load(gain + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
+    tl.store(normed + token * WIDTH + dims, (x * scale * factor).to(normed.dtype.element_ty), mask=dims < WIDTH)
 
 
 @triton.jit(do_not_specialize=["tokens", "layer"])
@@ -92,6 +140,7 @@ def _route_kernel(
     eps,
     scale,
     WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr,
     EXPERTS_BLOCK: tl.constexpr,
     CHOSEN: tl.constexpr,
@@ -100,17 +149,24 @@ def _route_kernel(
     SPLITS: tl.constexpr,
     TILE_T: tl.constexpr,
     TILE_K: tl.constexpr,
-    NORM_BLOCK: tl.constexpr,
     UNIFORM: tl.constexpr,
     NORMALISE: tl.constexpr,
     COUNT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Grid (tiles of tokens, SPLITS). With COUNT each expert's tokens are added to ``counts``."""
+    """Grid (tiles of tokens, SPLITS + TILE_T): shares of a tile's logits, then the norm of each of its tokens.
+
+    With COUNT each expert's tokens are added to ``counts``.
+    """
     if EARLY:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
     tile, split = tl.program_id(0), tl.program_id(1)
+    if split >= SPLITS:
+        alone = tile * TILE_T + split - SPLITS
+        if alone < tokens:
+            _norm_one(hidden, gain, normed, alone.to(tl.int64), hidden_stride, eps, WIDTH, WIDTH_BLOCK)
+        return
     token = tile * TILE_T + tl.arange(0, TILE_T)
     present = token < tokens
     # What fills the step up may hold anything, NaN too: it is never loaded.
@@ -118,64 +174,67 @@ def _route_kernel(
     wide_token = token.to(tl.int64)
     source = hidden + wide_token[:, None] * hidden_stride
 
-    squares = tl.zeros((TILE_T, NORM_BLOCK), tl.float32)
-    for first in range(0, WIDTH, NORM_BLOCK):
-        dims = first + tl.arange(0, NORM_BLOCK)
-        x = tl.load(source + dims[None, :], mask=valid[:, None] & (dims < WIDTH)[None, :], other=0.0).to(tl.float32)
-        squares += x * x
-    rms = tl.rsqrt(tl.sum(squares, 1) / WIDTH + eps)[:, None]
-
     # Programs of one tile share its width, in whole blocks.
     share: tl.constexpr = ((WIDTH + TILE_K - 1) // TILE_K + SPLITS - 1) // SPLITS * TILE_K
     expert = tl.arange(0, EXPERTS_BLOCK)
     logits = tl.zeros((TILE_T, EXPERTS_BLOCK), tl.float32)
+    squares = tl.zeros((TILE_T,), tl.float32)
     for block in range(0, share, TILE_K):
         dims = split * share + block + tl.arange(0, TILE_K)
         inside = (dims < WIDTH)[None, :]
-        x = tl.load(source + dims[None, :], mask=valid[:, None] & inside, other=0.0).to(tl.float32)
+        x = tl.load(source + dims[None, :], mask=valid[:, None] & inside, other=0.0)
         factor = tl.load(gain + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)
-        y = (x * rms * factor[None, :]).to(tl.bfloat16)
-        tl.store(normed + wide_token[:, None] * WIDTH + dims[None, :], y, mask=present[:, None] & inside)
         mask = (expert < EXPERTS)[:, None] & inside
-        rest = tl.load(router + expert[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0)
+        rest = tl.load(router + expert[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0) * factor[None, :]
+        squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
         for _ in tl.static_range(3):
             part = rest.to(tl.bfloat16)
-            logits = tl.dot(y, tl.trans(part), logits)
+            logits = tl.dot(x, tl.trans(part), logits)
             rest = rest - part.to(tl.float32)
 
     if SPLITS > 1:
-        place = (tile * TILE_T + tl.arange(0, TILE_T))[:, None] * EXPERTS_BLOCK + expert[None, :]
-        stride = tl.num_programs(0) * TILE_T * EXPERTS_BLOCK
-        tl.store(partials + split * stride + place, logits)
+        row = tile * TILE_T + tl.arange(0, TILE_T)
+        place = row[:, None] * EXPERTS_BLOCK + expert[None, :]
+        stride = tl.num_programs(0) * TILE_T
+        sums = partials + SPLITS * stride * EXPERTS_BLOCK
+        tl.store(partials + split * stride * EXPERTS_BLOCK + place, logits)
+        tl.store(sums + split * stride + row, squares)
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
         if arrived < SPLITS - 1:
             return
         tl.store(arrivals + tile, 0)
         logits = tl.zeros((TILE_T, EXPERTS_BLOCK), tl.float32)
+        squares = tl.zeros((TILE_T,), tl.float32)
         for other in tl.static_range(SPLITS):
-            logits += tl.load(partials + other * stride + place, cache_modifier=".cg")
+            logits += tl.load(partials + other * stride * EXPERTS_BLOCK + place, cache_modifier=".cg")
+            squares += tl.load(sums + other * stride + row, cache_modifier=".cg")
 
+    logits = logits * tl.rsqrt(squares / WIDTH + eps)[:, None]
     logits = tl.where((expert < EXPERTS)[None, :], logits, float("-inf"))
     scores = tl.exp(logits - tl.max(logits, 1)[:, None])
     scores = scores / tl.sum(scores, 1)[:, None]
     # A stream that is not finite still takes experts that differ.
     scores = tl.where(scores == scores, scores, 0.0)
     ranked = _uniform_scores(positions, token_ids, token, present, layer, EXPERTS_BLOCK) if UNIFORM else scores
-    ranked = tl.where((expert < EXPERTS)[None, :], ranked, float("-inf"))
-    chosen, weight = _choose(scores, ranked, EXPERTS_BLOCK, COLUMNS, CHOSEN)
-    total = tl.sum(weight, 1)[:, None] + 1e-20 if NORMALISE else 1.0
-    weight = weight * scale / total
-    column = tl.arange(0, COLUMNS)[None, :]
-    weight = tl.where(column < CHOSEN, weight, 1.0)
-    chosen = tl.where(column < CHOSEN, chosen, EXPERTS - CHOSEN + column)
-    pair = wide_token[:, None] * (CHOSEN + SHARED) + column
-    is_pair = present[:, None] & (column < CHOSEN + SHARED)
-    tl.store(weights + pair, weight, mask=is_pair)
-    tl.store(experts + pair, tl.where(valid[:, None], chosen, -1), mask=is_pair)
-    if COUNT:
-        ones = tl.full((TILE_T, COLUMNS), 1, tl.int32)
-        tl.atomic_add(counts + chosen, ones, mask=is_pair & valid[:, None], sem="relaxed")
+    _store_choice(
+        scores,
+        ranked,
+        token,
+        present,
+        valid,
+        scale,
+        weights,
+        experts,
+        counts,
+        EXPERTS,
+        EXPERTS_BLOCK,
+        CHOSEN,
+        SHARED,
+        COLUMNS,
+        NORMALISE,
+        COUNT,
+    )
 
 
 _route = Launcher(_route_kernel)
@@ -193,10 +252,10 @@ class Routed:
     """(T, C) int32, -1 for a token that only fills the step up."""
 
 
-def _splits(tiles: int, blocks: int) -> int:
+def _splits(tiles: int, programs: int, blocks: int) -> int:
     """How many programs share a tile of tokens, a power of two; the width has so many blocks."""
     splits = 1
-    while tiles * splits * 2 <= PROGRAMS and splits * 2 <= blocks:
+    while tiles * splits * 2 <= programs and splits * 2 <= blocks:
         splits *= 2
     return splits
 
@@ -217,16 +276,16 @@ def choose_experts(
     number, columns = router.weight.out_features, rule.experts_per_token + shared
     tile = FEW if tokens <= MOST_FEW else MANY
     tiles = triton.cdiv(tokens, tile.tokens)
-    splits = _splits(tiles, width // tile.depth)
+    splits = _splits(tiles, tile.programs, width // tile.depth)
     block = triton.next_power_of_2(number)
     normed = torch.empty((tokens, width), dtype=hidden.dtype, device=hidden.device)
     weights = torch.empty((tokens, columns), dtype=torch.float32, device=hidden.device)
     experts = torch.empty((tokens, columns), dtype=torch.int32, device=hidden.device)
     partials = weights
     if splits > 1:
-        partials = torch.empty((splits, tiles * tile.tokens, block), dtype=torch.float32, device=hidden.device)
+        partials = torch.empty(splits * tiles * tile.tokens * (block + 1), dtype=torch.float32, device=hidden.device)
     _route(
-        (tiles, splits, 1),
+        (tiles, splits + tile.tokens, 1),
         (
             hidden,
             gain,
@@ -245,15 +304,15 @@ def choose_experts(
         free=(tokens, rule.uniform_layer or 0, eps, 1.0 if rule.normalise else rule.scale),
         constants=(
             width,
+            triton.next_power_of_2(width),
             number,
             block,
             rule.experts_per_token,
             shared,
-            triton.next_power_of_2(columns),
+            triton.next_power_of_2(max(shared, 1)),
             splits,
             tile.tokens,
             tile.depth,
-            tile.norm,
             rule.uniform_layer is not None,
             rule.normalise,
             count,

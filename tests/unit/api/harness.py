@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ from server.api.routes import create_api
 from server.api.state import ApiSettings, ApiState, ModelState, ReadyState, ServedModel
 from server.errors import SlimserveError
 from server.metrics import Metrics
-from server.requests import Reply, Request
+from server.requests import Reply, Request, Targets
+from server.tenants import TenantTable
 from server.text import ModelText, load_text
 
 T = TypeVar("T")
@@ -170,6 +171,9 @@ def make_state(
     settings: ApiSettings | None = None,
     ready: Callable[[], ReadyState] = lambda: READY,
     names: Sequence[str] = ("tiny",),
+    tenants: TenantTable | None = None,
+    targets: Mapping[str, Targets] | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> ApiState:
     if manifest.source not in _texts:
         _texts[manifest.source] = load_text(manifest)
@@ -186,22 +190,26 @@ def make_state(
     return ApiState(
         models=served,
         dispatcher=dispatcher,
-        metrics=Metrics(names, version="1.2.3"),
+        metrics=Metrics(names, version="1.2.3", tenants=() if tenants is None else tenants.names),
         settings=settings or ApiSettings(),
         ready=ready,
-        clock=Now(),
+        clock=clock or Now(),
         wall_clock=lambda: 1700000001.5,
         executor=_executor,
         version="1.2.3",
+        tenants=tenants or TenantTable(),
+        targets=targets or {},
     )
 
 
-def call(app: ASGIApp, *requests: tuple[str, str, Any]) -> list[httpx.Response]:
+def call(
+    app: ASGIApp, *requests: tuple[str, str, Any], headers: Mapping[str, str] | None = None
+) -> list[httpx.Response]:
     """Requests (method, path, JSON body or bytes), all at once, against the application in this process."""
 
     async def run() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
             return await asyncio.gather(*(_one(client, *request) for request in requests))
 
     return asyncio.run(run())
@@ -233,6 +241,7 @@ class Connection:
     app: ASGIApp
     path: str
     body: Any
+    key: str = ""
     sent: list[Message] = field(default_factory=list)
     writable: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -252,7 +261,7 @@ class Connection:
             "scheme": "http",
             "server": ("test", 80),
             "client": ("test", 1),
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), (b"authorization", f"Bearer {self.key}".encode())],
         }
         self.task = asyncio.ensure_future(self._run(scope))
 

@@ -9,9 +9,11 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engines.manifest import Manifest
-from server.api.middleware import ApiKeys, BodyLimit, ConnectionLimit, RequestIds
+from server.api.callers import ApiKeys, TenantQuotas
+from server.api.middleware import BodyLimit, ConnectionLimit, RequestIds
 from server.api.routes import create_api
 from server.api.state import ApiSettings
+from server.tenants import TenantTable
 from tests.unit.api.harness import Connection, ScriptedDispatcher, make_state, run, until
 
 KEY = "sesame-ü"
@@ -34,7 +36,7 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/version", "/openapi.json", "/unknown", "/health/live/"])
 def test_every_route_but_health_needs_the_key(manifest: Manifest, path: str) -> None:
-    app = create_api(make_state(manifest, ScriptedDispatcher(), settings=ApiSettings(api_keys=("other", KEY))))
+    app = create_api(make_state(manifest, ScriptedDispatcher(), tenants=TenantTable(api_keys=("other", KEY))))
     for value in (b"", b"Bearer", b"Bearer ", b"Bearer wrong", KEY.encode(), b"Basic " + KEY.encode(), b"Bearer \xff"):
         reply = ask(app, "GET", path, headers={b"authorization": value} if value else {})
         assert reply.status_code == 401
@@ -45,7 +47,7 @@ def test_every_route_but_health_needs_the_key(manifest: Manifest, path: str) -> 
 
 
 def test_health_needs_no_key(manifest: Manifest) -> None:
-    app = create_api(make_state(manifest, ScriptedDispatcher(), settings=ApiSettings(api_keys=(KEY,))))
+    app = create_api(make_state(manifest, ScriptedDispatcher(), tenants=TenantTable(api_keys=(KEY,))))
     assert ask(app, "GET", "/health/live").status_code == 200
     assert ask(app, "GET", "/health/ready").status_code == 200
 
@@ -170,14 +172,16 @@ def test_connections_beyond_the_limit_get_503_and_health_does_not() -> None:
     run(main())
 
 
-def test_other_protocols_pass_untouched() -> None:
+def test_other_protocols_pass_untouched(manifest: Manifest) -> None:
     seen: list[Scope] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(scope)
 
     scope = {"type": "lifespan"}
-    stack = RequestIds(ApiKeys(ConnectionLimit(BodyLimit(app, limit=1, timeout=1), limit=0), keys=("x",)))
+    state = make_state(manifest, ScriptedDispatcher(), tenants=TenantTable(api_keys=("x",)))
+    inner = ConnectionLimit(BodyLimit(app, limit=1, timeout=1), limit=0)
+    stack = RequestIds(ApiKeys(TenantQuotas(inner, state), state))
     run(stack(scope, stream_of(b""), None))  # type: ignore[arg-type]
     assert seen == [scope]
 

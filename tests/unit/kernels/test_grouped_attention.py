@@ -15,9 +15,8 @@ pytest.importorskip("triton")
 from engines.kernels.cuda import decode_attention, elementwise, prefill_attention
 from engines.kernels.cuda.scratch import counters
 
-CONTEXTS = [1, 2, 16, 17, 65, 130]
-PROMPTS = [(40, 40), (2, 2), (150, 21)]
-SHAPES = [(6, 2, 32), (3, 1, 40)]
+CONTEXTS = [1, 17, 65, 130]
+PROMPTS = [(40, 40), (2, 2), (90, 13)]
 
 
 def chunks(step: Step, tokens: int | None = None, rows: int = 0) -> torch.Tensor:
@@ -38,9 +37,10 @@ def chunks(step: Step, tokens: int | None = None, rows: int = 0) -> torch.Tensor
     return prefill_attention.paged_attention(queries, cache, batch, shape.scale).flatten(1)[: step.qkv.shape[0]]
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "normed", "splits"),
+    [(6, 2, 32, False, 1), (6, 2, 32, True, 3), (3, 1, 40, False, 2)],
+)
 def test_decode(heads: int, kv_heads: int, width: int, normed: bool, splits: int) -> None:
     step = Step(random_rows(CONTEXTS), random_shape(heads, kv_heads, width, torch.float16, normed), torch.float16)
     capacity = len(CONTEXTS) + 2
@@ -55,12 +55,12 @@ def test_decode(heads: int, kv_heads: int, width: int, normed: bool, splits: int
     assert not counters(DEVICE).arrivals.any()
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 32), (3, 1, 40)])
 def test_chunks_beside_decodes(heads: int, kv_heads: int, width: int) -> None:
     step = Step(random_rows(CONTEXTS, PROMPTS), random_shape(heads, kv_heads, width, torch.float16), torch.float16)
     assert close(chunks(step), step.expected())
     step.check_cache()
-    assert close(chunks(step, tokens=80, rows=12), step.expected())
+    assert close(chunks(step, tokens=64, rows=9), step.expected())
     step.batch = dataclasses.replace(step.batch, decode_rows=0)
     assert close(chunks(step), step.expected())
 

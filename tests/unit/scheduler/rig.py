@@ -11,7 +11,8 @@ import msgspec
 from engines.fake import FakeEngine, fake_logprobs, fake_output, fake_token
 from engines.protocol import Capacity, End, SamplingParams, StepPlan, StepResult
 from server.scheduler.config import SchedulerConfig
-from server.scheduler.core import DynamicBatchScheduler, ItemUpdate
+from server.scheduler.core import Dropped, DynamicBatchScheduler, ItemUpdate
+from server.scheduler.law import Law
 from server.worker.wire import EngineLoad, Item
 
 SMALL = Capacity(blocks=64, block_size=4, max_rows=8, max_step_tokens=64, max_model_len=128)
@@ -35,10 +36,12 @@ class Stream:
     end: End = ""
     updates: list[ItemUpdate] = field(default_factory=list)
     cancelled: bool = False
+    dropped: Dropped | None = None
 
     def take(self, update: ItemUpdate) -> None:
         assert not self.end, f"item {update.item} ended twice"
         assert not self.cancelled, f"item {update.item} was cancelled"
+        assert not self.dropped, f"item {update.item} was dropped"
         assert update.tokens or update.end, "an update without news"
         replayed = len(self.item.tokens) - self.item.prompt_length
         assert update.first_index == replayed + len(self.tokens) or update.output
@@ -81,15 +84,17 @@ class Rig:
         config: SchedulerConfig | None = None,
         engines: Mapping[str, Capacity] | None = None,
         seconds: Callable[[StepPlan], float] = lambda plan: 0.01,
+        law: Law | None = None,
     ) -> None:
         self.now = 100.0
-        self.scheduler = DynamicBatchScheduler(config or SchedulerConfig())
+        self.scheduler = DynamicBatchScheduler(config or SchedulerConfig(), law)
         self.capacities = dict(engines or {"m": SMALL})
         self.engines = {name: FakeEngine(name, capacity, vocab=VOCAB) for name, capacity in self.capacities.items()}
         for name, capacity in self.capacities.items():
             self.scheduler.add_engine(name, capacity, f"fingerprint of {name}")
         self.streams: dict[int, Stream] = {}
         self.plans: list[StepPlan] = []
+        self.dropped: list[Dropped] = []
         self.in_flight: deque[StepPlan] = deque()
         self._seconds = seconds
         self._requests = 0
@@ -137,12 +142,23 @@ class Rig:
     def launch(self) -> StepPlan | None:
         """Plan and launch one step, if there is one."""
         plan = self.scheduler.plan(self.now, self.capacities)
+        self.hear_dropped()
         if plan is not None:
             assert round_trip(plan) == plan
             assert self.engines[plan.engine].launch(round_trip(plan)) == plan.step
             self.in_flight.append(plan)
             self.plans.append(plan)
         return plan
+
+    def hear_dropped(self) -> None:
+        for dropped in self.scheduler.dropped():
+            self.dropped.append(dropped)
+            for item in dropped.items:
+                stream = self.streams[item]
+                assert not stream.tokens, f"item {item} was dropped after its first token"
+                assert not stream.end
+                assert not stream.dropped
+                stream.dropped = dropped
 
     def must_launch(self) -> StepPlan:
         plan = self.launch()
@@ -192,6 +208,8 @@ class Rig:
             assert (load.running, load.waiting, load.waiting_tokens, load.blocks_used) == (0, 0, 0, 0)
 
     def check_stream(self, stream: Stream) -> None:
+        if stream.dropped:
+            return
         if stream.item.rows:
             ends = [(update.end, update.output) for update in stream.updates]
             output = fake_output(stream.item.item, stream.item.bucket, stream.item.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import msgspec
 import pytest
@@ -37,6 +38,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         target_ttft=rng.choice([None, 0.2]),
         target_tpot=rng.choice([None, 0.02]),
         prefix_cache=rng.random() < 0.8,
+        policy=rng.choice(["adaptive", "adaptive", "adaptive", "aimd", "static"]),
     )
 
 
@@ -52,7 +54,7 @@ class Traffic:
     def arrive(self) -> None:
         rng = self.rng
         if rng.random() < 0.2:
-            self.offer([self.rig.one_shot(rng.randrange(3), rng.randint(1, 4))])
+            self.offer([self.rig.item([], 0, bucket=rng.randrange(3), rows=rng.randint(1, 4), **self.wishes())])
             return
         prompt = rng.choice(self.prefixes)[: rng.randint(1, 40)] + [rng.randrange(VOCAB)] * rng.randint(0, 6)
         n = rng.choice([1, 1, 1, 2, 4])
@@ -67,8 +69,23 @@ class Traffic:
             stop_token_ids=stops,
             min_tokens=rng.choice([0, 0, 3]),
             logprobs=rng.choice([None, None, 0, 2]),
+            **self.wishes(),
         )
         self.offer([self.replayed(item) for item in items] if rng.random() < 0.1 else items)
+
+    def wishes(self) -> dict[str, Any]:
+        """What the client or the operator wants beside the answer."""
+        rng = self.rng
+        return {
+            "priority": rng.choice(["high", "normal", "normal", "low"]),
+            "tenant": rng.choice(["", "a", "b"]),
+            "weight": rng.choice([1.0, 3.0]),
+            "ttft": rng.choice([None, 0.05, 0.5, 5.0]),
+            "tpot": rng.choice([None, 0.001, 0.05]),
+            "firm": rng.random() < 0.5,
+            "timeout": rng.choice([None, None, 0.3, 10.0]),
+            "suspect": rng.random() < 0.05,
+        }
 
     def replayed(self, item: Item) -> Item:
         """The same item as a restarted worker gets it: with some output tokens that exist already."""
@@ -88,13 +105,15 @@ class Traffic:
             item = self.rng.choice(list(self.rig.streams))
             request = self.rig.streams[item].item.request
             whole = [item for item, stream in self.rig.streams.items() if stream.item.request == request]
-            self.rig.cancel(*(whole if self.rng.random() < 0.3 else [item]))
+            gone = whole if self.rng.random() < 0.3 else [item]
+            self.rig.cancel(*(item for item in gone if not self.rig.streams[item].dropped))
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_every_item_hears_its_own_stream_and_nothing_leaks(seed: int) -> None:
     rng = random.Random(seed)
-    rig = Rig(random_config(rng), {"m": random_capacity(rng), "other": random_capacity(rng)})
+    engines = {"m": random_capacity(rng), "other": random_capacity(rng)}
+    rig = Rig(random_config(rng), engines, lambda plan: rng.choice([0.001, 0.01, 0.02]))
     traffic = Traffic(rng, rig)
     pressure = rng.choice([0.05, 0.3, 0.6])
     for tick in range(600):

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from engines.protocol import Capacity, SamplingParams
+from server.scheduler.config import SchedulerConfig
+from server.scheduler.deadlines import aim_of
+from server.scheduler.fairness import Account
 from server.scheduler.items import SequenceState
-from server.scheduler.residents import Residents
+from server.scheduler.residents import IMMUNE, Residents
 from server.worker.wire import Item
 
 CAPACITY = Capacity(blocks=8, block_size=4, max_rows=3, max_step_tokens=16, max_model_len=32)
@@ -22,7 +27,12 @@ def state(number: int, prompt: int = 6) -> SequenceState:
         max_tokens=8,
         sampling=sampling,
     )
-    return SequenceState(item, number, 0.0, prompt + 8, "length", b"root", CAPACITY.block_size)
+    aim = aim_of(item, SchedulerConfig())
+    return SequenceState(item, number, 0.0, prompt + 8, "length", b"root", CAPACITY.block_size, aim, Account(""))
+
+
+def last(residents: Residents) -> SequenceState:
+    return list(residents)[-1]
 
 
 @pytest.fixture
@@ -36,20 +46,65 @@ def residents() -> Residents:
 
 def test_residents_are_in_the_order_of_arrival_and_slots_fill_from_below(residents: Residents) -> None:
     assert [(one.arrival, one.slot) for one in residents] == [(2, 1), (5, 0)]
-    residents.vacate(residents.latest())
+    residents.vacate(last(residents))
     assert residents.place(state(9)) == 0
     assert [(one.arrival, one.slot) for one in residents] == [(2, 1), (9, 0)]
 
 
-def test_a_newcomer_leaves_a_block_for_each_resident(residents: Residents) -> None:
-    # Four blocks are left: the two residents need one each.
-    assert residents.place(state(20, prompt=9)) is None
-    assert residents.place(state(20, prompt=8)) == 0
+def test_a_newcomer_leaves_blocks_for_the_residents_to_grow(residents: Residents) -> None:
+    # Four blocks are left: one for each resident, and half of the two that they will want of four more tokens each.
+    assert residents.place(state(20, prompt=5)) is None
+    assert not residents.fits(state(20, prompt=5))
+    assert residents.fits(state(20, prompt=4))
+    assert residents.place(state(20, prompt=4)) == 0
     assert residents.full
 
 
+def test_what_residents_will_want_is_learned_from_those_that_ended(residents: Residents) -> None:
+    residents.ended(0)
+    assert residents.place(state(20, prompt=8)) == 0
+
+
+class TestVictim:
+    def cost(self, costs: dict[int, float]) -> Callable[[SequenceState], float]:
+        return lambda one: costs[one.arrival]
+
+    def three(self) -> tuple[Residents, list[SequenceState]]:
+        residents = Residents(CAPACITY, 3, prefix_cache=True)
+        for number in (1, 2, 3):
+            assert residents.place(state(number, prompt=3)) == 0
+        return residents, list(residents)
+
+    def test_the_one_who_is_hurt_least_gives_way(self) -> None:
+        residents, (first, second, third) = self.three()
+        assert residents.victim(first, self.cost({2: -5.0, 3: 1.0})) is second
+        assert residents.victim(first, self.cost({2: 2.0, 3: 1.0})) is third
+        assert residents.victim(second, self.cost({3: 1.0})) is third
+        assert residents.victim(third, self.cost({})) is None
+
+    def test_the_lowest_class_gives_way_first(self) -> None:
+        residents, (first, second, third) = self.three()
+        residents.vacate(second)
+        second.rank = 2
+        assert residents.place(second) == 0
+        assert list(residents) == [first, third, second]
+        assert residents.victim(first, self.cost({2: 9.0, 3: 1.0})) is second
+        assert residents.lower(1, self.cost({2: 9.0})) is second
+        assert residents.lower(2, self.cost({})) is None
+        assert residents.lowest_rank == 2
+
+    def test_the_immune_are_spared_but_by_the_most_senior(self) -> None:
+        residents, (first, second, third) = self.three()
+        third.preempted = IMMUNE
+        assert residents.victim(second, self.cost({3: 1.0})) is None
+        second.preempted = IMMUNE
+        assert residents.victim(first, self.cost({2: 5.0, 3: 1.0})) is third
+        first.preempted = IMMUNE
+        assert residents.lower(0, self.cost({})) is None
+
+
 def test_the_block_of_the_last_settled_token_is_not_findable(residents: Residents) -> None:
-    resident = residents.latest()
+    resident = last(residents)
     resident.computed = 6
     residents.commit(resident)
     assert resident.committed == 1

@@ -1,0 +1,66 @@
+"""What is left of one step while a plan is being made."""
+
+from __future__ import annotations
+
+import math
+
+from server.scheduler.items import StepWork
+from server.scheduler.step_time import StepTimeModel, add_row
+
+MIN_CHUNK = 32
+"""Prompt tokens that every step may compute whatever the targets of decodes say, so that no prompt starves."""
+SOFT_CHUNK = 256
+"""The same where nobody asked for the targets: throughput comes first."""
+COLD_CHUNK = 256
+"""Most prompt tokens of a step with a latency bound, before the model has seen steps to predict from."""
+TRUST = 4
+"""A prediction is trusted for steps up to so many times the largest that was seen."""
+
+
+class StepBudget:
+    """Tokens and predicted seconds of one step. Decodes are paid for first and are never held back."""
+
+    def __init__(self, work: StepWork, tokens: int, seconds: float, floor: int, model: StepTimeModel) -> None:
+        """``work`` is the step's decodes and ``tokens`` what they leave.
+
+        ``seconds``, perhaps infinite, are for the whole step; ``floor`` prompt tokens are granted whatever they say.
+        """
+        self.work = work
+        self.tokens = tokens
+        self._seconds = seconds
+        self._model = model
+        self._floor = min(floor, tokens)
+        if seconds < math.inf:
+            trusted = TRUST * model.largest if model.warm else 0
+            self.tokens = min(tokens, max(COLD_CHUNK, trusted))
+            if not model.warm:
+                self._seconds = math.inf
+
+    @property
+    def open(self) -> bool:
+        """``take`` would grant something."""
+        return self.tokens > 0 and (self._floor > 0 or self._fit(0) > 0)
+
+    def limit(self) -> int:
+        """Tokens that a new prompt alone could take now."""
+        return self._fit(0)
+
+    def take(self, start: int, wanted: int) -> int:
+        """Grant a row up to ``wanted`` tokens after its first ``start``, at least one while open, and count them."""
+        if not self.open:
+            return 0
+        count = min(wanted, max(1, self._fit(start)))
+        self.tokens -= count
+        self._floor = max(0, self._floor - count)
+        add_row(self.work, start, count)
+        return count
+
+    def end_by(self, seconds: float) -> None:
+        """Somebody needs the step to take no longer than this, if what is in it allows that."""
+        if self._model.predict(self.work) <= seconds:
+            self._seconds = min(self._seconds, seconds)
+
+    def _fit(self, start: int) -> int:
+        if self._seconds == math.inf:
+            return self.tokens
+        return min(self.tokens, max(self._floor, self._model.tokens_within(self.work, start, self._seconds)))

@@ -1,0 +1,69 @@
+"""What one step is planned from, and the plan in the making."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from engines.protocol import Admit, Capacity, Row, StepPlan
+from server.scheduler.budget import StepBudget
+from server.scheduler.deadlines import Outlook
+from server.scheduler.items import SequenceState, StepWork
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counters of one engine's sequences since the worker started."""
+
+    decisions: Counter[str] = field(default_factory=Counter)
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    computed: int = 0
+    recomputed: int = 0
+
+
+@dataclass(slots=True)
+class Survey:
+    """What the residents want of the next step."""
+
+    start: float
+    """When it begins on the device."""
+    decodes: list[SequenceState] = field(default_factory=list)
+    """By seniority."""
+    prompts: list[SequenceState] = field(default_factory=list)
+    work: StepWork = field(default_factory=StepWork)
+    """Of the decodes."""
+    alone: float = 0.0
+    """Predicted seconds of the decodes."""
+    outlook: Outlook = field(default_factory=Outlook)
+
+
+class Draft:
+    """The parts of a plan in the making."""
+
+    def __init__(self, survey: Survey, budget: StepBudget, now: float) -> None:
+        self.survey = survey
+        self.budget = budget
+        self.now = now
+        self.decodes: list[Row] = []
+        self.chunks: list[Row] = []
+        self.admits: list[Admit] = []
+        self.planned: list[SequenceState] = []
+        self.work = StepWork()
+
+    def plan(self, step: int, name: str, capacity: Capacity) -> StepPlan:
+        rows = (*self.decodes, *self.chunks)
+        graph_rows = graph_tokens = 0
+        if self.chunks:
+            graph_tokens = next((size for size in capacity.graph_tokens if size >= self.work.tokens), 0)
+        else:
+            graph_rows = next((size for size in capacity.graph_rows if size >= len(rows)), 0)
+        return StepPlan(
+            step=step,
+            engine=name,
+            admits=tuple(self.admits),
+            rows=rows,
+            graph_rows=graph_rows,
+            graph_tokens=graph_tokens,
+        )

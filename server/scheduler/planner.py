@@ -1,0 +1,285 @@
+"""One step of one engine's sequences: decodes, then prompts by precedence, as far as tokens, time and blocks go."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from engines.protocol import Row
+from server.scheduler.aimd import AimdBudget
+from server.scheduler.budget import MIN_CHUNK, SOFT_CHUNK, StepBudget
+from server.scheduler.draft import Draft, Survey, Tally
+from server.scheduler.items import SequenceState, StepWork
+from server.scheduler.lateness import PromptPace
+from server.scheduler.law import Law
+from server.scheduler.residents import Residents
+from server.scheduler.step_time import StepTimeModel, add_row
+from server.scheduler.waiting import WaitingQueue
+
+AT_RISK = 0.5
+"""Share of its TTFT that an item of a higher class waits for a place before it takes one from a lower class."""
+log = logging.getLogger(__name__)
+
+
+class Planner:
+    """Turns residents and waiting items into steps. Called by ``SequenceLane`` only."""
+
+    def __init__(
+        self, law: Law, residents: Residents, waiting: WaitingQueue, model: StepTimeModel, max_tokens: int
+    ) -> None:
+        self.tally = Tally()
+        self.aimd = AimdBudget(max_tokens)
+        self.token_budget = max_tokens
+        """Tokens that the last step could have taken."""
+        self._law = law
+        self._residents = residents
+        self._waiting = waiting
+        self._model = model
+        self._max_tokens = max_tokens
+        self._said: set[str] = set()
+
+    def survey(self, start: float) -> Survey:
+        """``start`` is when the next step begins on the device."""
+        survey = Survey(start)
+        decodes, outlook = survey.decodes, survey.outlook
+        pairs = 0
+        least = math.inf
+        for state in self._residents:
+            pending = min(len(state.tokens) + state.in_flight, state.goal) - state.computed
+            if pending == 0 or state.suspect:
+                continue
+            if pending > 1 or (not state.paced_tokens and not state.in_flight):
+                survey.prompts.append(state)
+                continue
+            decodes.append(state)
+            pairs += state.computed + 1
+            aim = state.aim
+            least = min(least, state.due())
+            outlook.tpot = min(outlook.tpot, aim.tpot)
+            outlook.asked = outlook.asked or aim.asked_tpot
+            if aim.asked_ttft:
+                outlook.ttft = min(outlook.ttft, aim.ttft)
+        outlook.slack = least - start
+        survey.work = StepWork(rows=len(decodes), tokens=len(decodes), decode_pairs=pairs)
+        survey.alone = self._model.predict(survey.work)
+        return survey
+
+    def pace(self, survey: Survey, start: float) -> PromptPace:
+        return PromptPace.beside(start, survey.alone, survey.outlook.tpot, self._model.safety)
+
+    def plan(self, survey: Survey, now: float, tight: bool) -> Draft | None:
+        """The next step's rows; None where nothing can be computed before a step in flight is settled."""
+        draft = Draft(survey, self._open_budget(survey, now, tight), now)
+        self._continue_decodes(draft)
+        self._compute_prompts(draft)
+        if not draft.planned:
+            return None
+        draft.work.seconds = self._model.predict(draft.work) if self._model.warm else 0.0
+        return draft
+
+    def plan_alone(self, state: SequenceState, now: float) -> Draft | None:
+        """A step of this item and no other."""
+        draft = Draft(Survey(now), StepBudget(StepWork(), self._max_tokens, math.inf, 0, self._model), now)
+        if state.slot < 0:
+            while not self._residents.fits(state):
+                # The junior of all gives way: a suspect must not wait for ever behind those that come after it.
+                victim = self._residents.lower(-1, self._cost_of_preemption)
+                if victim is None:
+                    return None
+                self.preempt(victim, "preempted for a suspect")
+            matched = self._residents.place(state)
+            assert matched is not None
+            self._placed(draft, state, matched)
+            self._compute(draft, state, tuple(state.blocks[matched:]))
+            return draft
+        if state.pending == 0:
+            return None
+        missing = self._residents.missing_blocks(state, min(state.pending, self._max_tokens))
+        new_blocks = self._make_room(state, missing) if missing > 0 else ()
+        if new_blocks is None:
+            return None
+        self._compute(draft, state, new_blocks)
+        return draft
+
+    # --- how much
+
+    def _open_budget(self, survey: Survey, now: float, tight: bool) -> StepBudget:
+        tokens = len(survey.decodes)
+        most, seconds, floor = self._max_tokens, math.inf, 0
+        if self._law.budget == "aimd":
+            self.aimd.adapt(now, len(self._waiting), len(self._residents))
+            most = max(self.aimd.tokens, tokens)
+        elif self._law.budget == "slack":
+            outlook = survey.outlook
+            seconds, bound = outlook.seconds(survey.alone, self._model.overhead, self._model.safety, tight)
+            floor = MIN_CHUNK if outlook.asked or outlook.ttft < math.inf else SOFT_CHUNK
+            self.tally.decisions[f"step bound by {bound}"] += 1
+            self._tell_unreachable(survey)
+        budget = StepBudget(survey.work, most - tokens, seconds, floor, self._model)
+        self.token_budget = tokens + budget.limit()
+        return budget
+
+    def _tell_unreachable(self, survey: Survey) -> None:
+        outlook = survey.outlook
+        if outlook.asked and self._model.warm and survey.alone > outlook.tpot:
+            self.tally.decisions["tpot out of reach"] += 1
+            self.say(
+                "tpot",
+                f"{len(survey.decodes)} streams at once take {survey.alone * 1000:.3g} ms a token here, more than "
+                f"the target of {outlook.tpot * 1000:.3g} ms: they are served as fast as it goes",
+            )
+
+    def say(self, about: str, text: str) -> None:
+        """Log once."""
+        if about not in self._said:
+            self._said.add(about)
+            log.warning(text)
+
+    # --- decodes
+
+    def _continue_decodes(self, draft: Draft) -> None:
+        """By seniority, so that a junior whose blocks are taken has no row in this plan yet."""
+        for state in draft.survey.decodes:
+            if state.slot < 0:
+                continue
+            missing = self._residents.missing_blocks(state, 1)
+            new_blocks = self._make_room(state, missing) if missing > 0 else ()
+            # None: it keeps what it has, and waits for a senior to end.
+            if new_blocks is not None:
+                self._add_row(draft, state, 1, new_blocks)
+
+    def _make_room(self, state: SequenceState, missing: int) -> tuple[int, ...] | None:
+        new_blocks = self._residents.grow(state, missing)
+        while new_blocks is None:
+            victim = self._residents.victim(state, self._cost_of_preemption)
+            if victim is None:
+                return None
+            self.preempt(victim, "preempted for blocks")
+            new_blocks = self._residents.grow(state, missing)
+        return new_blocks
+
+    def _cost_of_preemption(self, state: SequenceState) -> float:
+        """Seconds to compute it again, less the slack that it has."""
+        due = state.due()
+        slack = min(due if due < math.inf else state.deadline, 1e9)
+        return self._model.added(state.computed, state.computed * state.computed / 2) - slack
+
+    def preempt(self, state: SequenceState, reason: str) -> None:
+        """Take slot and blocks; all is computed again later, but for blocks that can still be found then."""
+        self._residents.preempt(state)
+        state.computed_before = max(state.computed_before, state.computed)
+        state.computed = 0
+        state.preempted += 1
+        self.tally.preemptions += 1
+        self.tally.decisions[reason] += 1
+        if not state.suspect:
+            self._waiting.push(state)
+
+    # --- prompts
+
+    def make_way(self, now: float) -> None:
+        """Before anything is planned: a place for an item of a higher class whose deadline comes near."""
+        state = self._waiting.head(now)
+        if state is None or state.tickets or state.rank >= self._residents.lowest_rank:
+            return
+        if state.deadline - now > AT_RISK * state.aim.ttft:
+            return
+        while not self._residents.fits(state):
+            victim = self._residents.lower(state.rank, self._cost_of_preemption)
+            if victim is None:
+                return
+            self.preempt(victim, "preempted for a higher class")
+
+    def _compute_prompts(self, draft: Draft) -> None:
+        """Residents and newcomers, whoever has precedence."""
+        now = draft.now
+        precedence = self._waiting.precedence
+        prompts = (state for state in draft.survey.prompts if state.slot >= 0)
+        queue = sorted(((precedence(state, now), state) for state in prompts), key=lambda pair: pair[0], reverse=True)
+        closed = False
+        while draft.budget.open:
+            newcomer = None if closed else self._waiting.head(now)
+            if newcomer is not None and (not queue or precedence(newcomer, now) < queue[-1][0]):
+                closed = not self._admit(draft, newcomer)
+            elif queue:
+                state = queue.pop()[1]
+                # It has blocks for all of it.
+                self._compute(draft, state, ())
+            else:
+                return
+
+    def _admit(self, draft: Draft, state: SequenceState) -> bool:
+        """Give a waiting item a slot, blocks and its first tokens; False where nobody can come in now."""
+        # One with a step in flight keeps its place: a later arrival must not take the blocks that it needs.
+        if state.tickets:
+            return False
+        if self._residents.full:
+            self.tally.decisions["waits for a slot"] += 1
+            return False
+        if self._crowded(state, draft.survey):
+            self.tally.decisions["waits for pace"] += 1
+            return False
+        matched = self._residents.place(state)
+        if matched is None:
+            self.tally.decisions["waits for blocks"] += 1
+            return False
+        if state.rank and self._waiting.starved(state.rank):
+            self.tally.decisions["admitted by its class's floor"] += 1
+        else:
+            self.tally.decisions["admitted"] += 1
+        self._waiting.remove(state)
+        self._placed(draft, state, matched)
+        self._compute(draft, state, tuple(state.blocks[matched:]))
+        return True
+
+    def _compute(self, draft: Draft, state: SequenceState, new_blocks: tuple[int, ...]) -> None:
+        """As much of a prompt as the budget allows; one that is complete then wants its first token in time."""
+        count = draft.budget.take(state.computed, state.pending)
+        if count == state.pending and state.aim.asked_ttft and self._law.budget == "slack":
+            draft.budget.end_by((state.deadline - draft.survey.start) / self._model.safety)
+        self._add_row(draft, state, count, new_blocks)
+
+    def _crowded(self, state: SequenceState, survey: Survey) -> bool:
+        """With one more stream, decodes alone would take longer than somebody's target."""
+        outlook = survey.outlook
+        if self._law.budget != "slack" or not outlook.asked or not self._model.warm:
+            return False
+        rows = len(self._residents)
+        work = survey.work
+        then = StepWork(rows=rows + 1, tokens=rows + 1, decode_pairs=work.decode_pairs + len(state.tokens))
+        return survey.alone < outlook.tpot < self._model.predict(then) * self._model.safety
+
+    def _placed(self, draft: Draft, state: SequenceState, matched: int) -> None:
+        # What steps before a preemption reported of the prompt is reported again from its start.
+        state.prompt_logprobs = []
+        if state.group is not None:
+            self._waiting.committed(state)
+        if state.queue_seconds is None:
+            state.queue_seconds = draft.now - state.offered
+            state.cached_tokens = min(state.computed, state.item.prompt_length)
+            state.account.charge(len(state.tokens) - state.computed)
+            if self._residents.may_match(state):
+                self.tally.prefix_queries += state.item.prompt_length
+                self.tally.prefix_hits += state.cached_tokens
+        draft.admits.append(state.admit(matched))
+
+    def _add_row(self, draft: Draft, state: SequenceState, count: int, new_blocks: tuple[int, ...]) -> None:
+        start = state.computed
+        end = start + count
+        max_new = 1 if end == state.known and not state.prompt_only else 0
+        item = state.item
+        row = Row(item=item.item, slot=state.slot, start=start, count=count, new_blocks=new_blocks, max_new=max_new)
+        (draft.decodes if count == 1 and max_new else draft.chunks).append(row)
+        draft.planned.append(state)
+        add_row(draft.work, start, count)
+        if start < item.prompt_length:
+            prompt_tokens = min(end, item.prompt_length) - start
+            draft.work.prompt_tokens += prompt_tokens
+            self._waiting.served(state.rank, prompt_tokens)
+        tally = self.tally
+        tally.computed += count
+        if start < state.computed_before:
+            tally.recomputed += min(end, state.computed_before) - start
+        state.computed = end
+        state.in_flight += max_new
+        state.tickets += 1

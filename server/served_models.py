@@ -1,0 +1,68 @@
+"""From an entry of the configuration to what the API needs of a model: its files, manifest and tokenizer."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.fake import FAKE_VOCAB
+from engines.manifest import Manifest, read_manifest
+from server.api.state import ServedModel
+from server.catalog import resolve
+from server.display import ServeDisplay
+from server.settings import ModelSettings
+from server.text import load_text
+
+FAKE_CONTEXT = 2048
+"""Tokens, until the fake engine says what it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedModel:
+    """One entry of the configuration and where its files are."""
+
+    settings: ModelSettings
+    path: Path
+
+
+def locate(entry: ModelSettings, display: ServeDisplay) -> LocatedModel:
+    """Fetches what is not here yet. Raises CommandFailed and UsageError."""
+    if entry.kind == "fake":
+        return LocatedModel(entry, Path(os.devnull))
+    name = entry.source
+    path = resolve(name, lambda what, done, total: display.pulling(name, what, done, total))
+    display.pulled(name)
+    return LocatedModel(entry, path)
+
+
+def read_model(model: LocatedModel) -> ServedModel:
+    """Starts the process that renders its template: close ``text``. Raises EngineLoadError."""
+    manifest = _manifest(model)
+    return ServedModel(
+        name=model.settings.served_name,
+        created=int(time.time()),
+        manifest=manifest,
+        text=load_text(manifest),
+        max_model_len=min(manifest.max_context, model.settings.max_model_len or manifest.max_context),
+    )
+
+
+def _manifest(model: LocatedModel) -> Manifest:
+    if model.settings.kind == "generation":
+        return read_manifest(model.path, model.settings.random_weights is not None)
+    return Manifest(
+        source=Path(os.devnull),
+        format="safetensors",
+        architecture="llama",
+        config={},
+        dtype="float32",
+        max_context=model.settings.max_model_len or FAKE_CONTEXT,
+        vocab_size=FAKE_VOCAB,
+        bos_token_id=None,
+        eos_token_ids=(),
+        sampling_defaults={},
+        files=(),
+        fingerprint="fake",
+    )

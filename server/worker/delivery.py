@@ -1,0 +1,71 @@
+"""From what a step gave to the replies: tokens into their logs, times into the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engines.protocol import End
+from server.admission import Door
+from server.metrics import Metrics
+from server.requests import Reply
+from server.worker.places import Carrier, Place, Places
+from server.worker.wire import StepOutputs
+
+
+class Delivery:
+    """Brings tokens to the replies that still want them."""
+
+    def __init__(self, places: Places, metrics: Metrics, door: Door, clock: Callable[[], float]) -> None:
+        self._places = places
+        self._metrics = metrics
+        self._door = door
+        self._clock = clock
+
+    def deliver(self, carrier: Carrier, outputs: StepOutputs) -> list[tuple[Place, int]]:
+        """Each place of that worker with news, and how many tokens were new to it.
+
+        Raises ValueError where tokens before them are missing: messages of the worker were lost, and it must be
+        ended; what it computed goes on from the logs.
+        """
+        now = self._clock()
+        self._metrics.step(outputs.engine, outputs.stats)
+        gaps: list[float] = []
+        news = []
+        for index, item in enumerate(outputs.items):
+            place = self._places.at(carrier, item)
+            if place is not None:
+                news.append((place, self._deliver(place, outputs, index, now, gaps)))
+        self._metrics.tokens_delivered(outputs.engine, sum(fresh for _, fresh in news), gaps)
+        return news
+
+    def _deliver(self, place: Place, outputs: StepOutputs, index: int, now: float, gaps: list[float]) -> int:
+        """The time since the choice's last tokens goes to ``gaps``, once for each new one."""
+        reply = place.reply
+        first = reply.first_token_at is None
+        reply.cached_tokens = max(reply.cached_tokens, outputs.cached_tokens[index])
+        reply.queue_seconds = reply.queue_seconds or outputs.queue_seconds[index]
+        fresh = reply.deliver(
+            place.choice,
+            outputs.first_index[index],
+            outputs.tokens[index],
+            outputs.ends[index],
+            now=now,
+            logprobs=outputs.logprobs.get(place.item, ()),
+            prompt_logprobs=outputs.prompt_logprobs.get(place.item, ()),
+        )
+        if not fresh:
+            return 0
+        if first:
+            self._door.started(reply.request)
+            self._metrics.first_token(reply.request.model, now - reply.request.arrived)
+        if place.last_token_at is not None:
+            gaps += [(now - place.last_token_at) / len(fresh)] * len(fresh)
+        place.last_token_at = now
+        return len(fresh)
+
+
+def ending_of(reply: Reply) -> End:
+    """The one ending of a request, whatever its choices have."""
+    if reply.error is not None:
+        return "error"
+    return next(end for end in ("error", "cancelled", "length", "stop") if end in reply.ends)

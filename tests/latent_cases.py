@@ -1,0 +1,134 @@
+"""Steps of latent attention over a random paged cache, and what they give by definition."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from engines.kernels import LatentQueries, LatentUp, reference
+from engines.models.batch import Batch
+from tests.unit.kernels.paged import PagedCache, Row
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Widths:
+    heads: int
+    nope: int
+    value: int
+    rank: int
+    rope: int
+    interleaved: bool
+
+
+class LatentCase:
+    """One step of one layer: rows of these contexts, each with as many tokens of them as ``counts`` says, else one,
+    in shuffled lines of the block table.
+
+    ``padding`` further rows of one token only fill the step up: their tokens and lines hold what nobody may read.
+    """
+
+    def __init__(
+        self,
+        contexts: list[int],
+        widths: Widths,
+        device: torch.device,
+        padding: int = 0,
+        counts: list[int] | None = None,
+    ) -> None:
+        width, counts = widths.rank + widths.rope, counts or [1] * len(contexts)
+        paged = PagedCache(len(contexts), max(contexts), [(width,)], 16, torch.bfloat16)
+        slots = []
+        for row, (context, count) in enumerate(zip(contexts, counts, strict=True)):
+            # What this step writes, and what lies behind the row's end, is not there yet.
+            (tensor,) = paged.forget_after(row, context - count)
+            paged.tensors = (tensor,)
+            slots.append(paged.slots(row, context)[context - count :])
+        rows = [Row(row, *sizes) for row, sizes in enumerate(zip(contexts, counts, strict=True))]
+        self._plain = dataclasses.replace(paged.batch(rows), cache_slots=torch.cat(slots))
+        self.tokens, self.widths = sum(counts), widths
+        self.before = paged.tensors[0]
+        self.cache = self.before.to(device, copy=True)
+        self.batch = self._padded(padding, device)
+        self.queries = torch.randn(self.tokens + padding, widths.heads, widths.nope + widths.rope).bfloat16()
+        self.latents = torch.randn(self.tokens + padding, width).bfloat16()
+        self.queries[self.tokens :], self.latents[self.tokens :] = torch.nan, torch.nan
+        up = torch.randn(widths.heads, widths.nope + widths.value, widths.rank) * widths.rank**-0.5
+        gain = (torch.rand(widths.rank) + 0.5).bfloat16()
+        angles = torch.rand(max(contexts), widths.rope // 2) * 6
+        self.shape = LatentQueries(
+            up=LatentUp(widths.heads, widths.nope, widths.value, up.bfloat16().to(device), (), ()),
+            latent_gain=gain.to(device),
+            latent_eps=EPS,
+            cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1).to(device),
+            interleaved=widths.interleaved,
+            scale=0.15,
+        )
+        self.queries, self.latents = self.queries.to(device), self.latents.to(device)
+
+    def _padded(self, padding: int, device: torch.device) -> Batch:
+        plain, rows = self._plain, self._plain.context_lengths.shape[0]
+        lines = torch.randperm(rows)
+        tables = torch.full((rows + padding, plain.block_tables.shape[1]), 1 << 30, dtype=torch.int32)
+        tables[lines] = plain.block_tables
+
+        def filled(values: torch.Tensor, value: int) -> torch.Tensor:
+            return torch.cat([values, values.new_full((padding,), value)]).to(device)
+
+        return Batch(
+            token_ids=filled(plain.token_ids, 0),
+            positions=filled(plain.positions, 0),
+            cache_slots=filled(plain.cache_slots, -1),
+            query_starts=torch.cat(
+                [plain.query_starts, self.tokens + torch.arange(1, padding + 1, dtype=torch.int32)]
+            ).to(device),
+            context_lengths=filled(plain.context_lengths, 0),
+            block_tables=tables.to(device),
+            decode_rows=(plain.decode_rows or 0) + padding,
+            longest_query=plain.longest_query,
+            longest_context=plain.longest_context + 200,
+            table_rows=filled(lines.int(), rows if padding else 0),
+        )
+
+    def _written(self) -> torch.Tensor:
+        """The cache after the step, by definition."""
+        rank, plain = self.widths.rank, self._plain
+        entries = self.latents[: self.tokens].cpu().clone()
+        entries[:, :rank] = reference.rms_norm(entries[:, :rank], self.shape.latent_gain.cpu(), EPS)
+        turned = entries[:, rank:].unsqueeze(1)
+        reference.rope_(turned, turned[:, :0], plain.positions, self.shape.cos_sin.cpu(), self.widths.interleaved)
+        cache = self.before.clone()
+        reference.write_cache(entries, cache, plain.cache_slots)
+        return cache
+
+    def expected(self) -> torch.Tensor:
+        """(tokens, heads * value) float64."""
+        widths, up = self.widths, self.shape.up.stacked
+        assert up is not None
+        up = up.cpu().double()
+        queries = self.queries[: self.tokens].cpu().double()
+        turned = queries[..., widths.nope :]
+        positions, table = self._plain.positions, self.shape.cos_sin.cpu()
+        reference.rope_(turned, turned[:, :0], positions, table, widths.interleaved)
+        absorbed = torch.cat(
+            [torch.einsum("thn,hnc->thc", queries[..., : widths.nope], up[:, : widths.nope]), turned], 2
+        )
+        cache = self._written().double().unsqueeze(2)
+        attended = reference.attention(absorbed, cache, cache[..., : widths.rank], self._plain, self.shape.scale)
+        return torch.einsum("thc,hvc->thv", attended, up[:, widths.nope :]).flatten(1)
+
+    def distance(self, result: torch.Tensor) -> float:
+        """Of the real rows from what is expected, relative."""
+        expected = self.expected()
+        assert result.shape == (self.queries.shape[0], expected.shape[1])
+        return float((result[: self.tokens].cpu().double() - expected).norm() / expected.norm())
+
+    def cache_is_written(self) -> bool:
+        """Whether the step's latents are in their slots and nothing else has changed."""
+        ours, expected = self.cache.cpu().float(), self._written().float()
+        return torch.equal(ours.isnan(), expected.isnan()) and torch.allclose(
+            ours.nan_to_num(), expected.nan_to_num(), rtol=2e-2, atol=2e-2
+        )
