@@ -30,9 +30,11 @@ class _Tile:
     warps: int
     programs: int
     """So many share the work, about."""
+    splits: int
+    """Most programs that share one tile: each number of them is compiled apart."""
 
 
-FEW, MANY = _Tile(16, 128, 4, 128), _Tile(32, 64, 4, 512)
+FEW, MANY = _Tile(16, 128, 4, 128, 16), _Tile(32, 64, 4, 512, 4)
 
 
 @triton.jit
@@ -252,10 +254,10 @@ class Routed:
     """(T, C) int32, -1 for a token that only fills the step up."""
 
 
-def _splits(tiles: int, programs: int, blocks: int) -> int:
-    """How many programs share a tile of tokens, a power of two; the width has so many blocks."""
+def _splits(tile: _Tile, tiles: int, width: int) -> int:
+    """How many programs share a tile of tokens: a power of two."""
     splits = 1
-    while tiles * splits * 2 <= programs and splits * 2 <= blocks:
+    while tiles * splits * 2 <= tile.programs and splits * 2 <= min(tile.splits, width // tile.depth):
         splits *= 2
     return splits
 
@@ -276,7 +278,7 @@ def choose_experts(
     number, columns = router.weight.out_features, rule.experts_per_token + shared
     tile = FEW if tokens <= MOST_FEW else MANY
     tiles = triton.cdiv(tokens, tile.tokens)
-    splits = _splits(tiles, tile.programs, width // tile.depth)
+    splits = _splits(tile, tiles, width)
     block = triton.next_power_of_2(number)
     normed = torch.empty((tokens, width), dtype=hidden.dtype, device=hidden.device)
     weights = torch.empty((tokens, columns), dtype=torch.float32, device=hidden.device)
