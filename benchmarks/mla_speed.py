@@ -32,10 +32,6 @@ DECODES = [(1, 600), (1, 4000), (4, 600), (8, 600), (16, 600), (32, 600), (64, 6
 PREFILLS = [(4, 2048, 2048), (1, 8192, 8192), (16, 512, 512), (1, 1024, 3072)]
 """Rows, new tokens of each, tokens of its context."""
 CACHED_BYTES = 150 << 20
-CALLS = 32
-"""In a graph, at least: its start takes microseconds too."""
-VARIANTS = ((4, 1, 264), (4, 2, 132), (8, 2, 132), (4, 2, 264))
-"""Of the kernel that attends: warps, stages, and programs at once."""
 
 
 @dataclass
@@ -48,7 +44,7 @@ class Case:
 
     def each(self, call: Callable[[LatentQueries, torch.Tensor], object]) -> float:
         calls = [partial(call, shape, cache) for shape, cache in zip(self.shapes, self.caches, strict=True)]
-        return graph_microseconds(calls * -(-CALLS // len(calls)))
+        return graph_microseconds(calls)
 
 
 def shape() -> LatentQueries:
@@ -97,30 +93,18 @@ def decode(rows: int, context: int) -> dict[str, float]:
     output = torch.empty(rows, HEADS, VALUE, device=DEVICE, dtype=torch.bfloat16)
     size = rows * context * (RANK + ROPE) * 2 + HEADS * (NOPE + VALUE) * RANK * 2
     whole = case.each(lambda layer, cache: latent_attention(case.queries, case.latents, layer, (cache,), batch))
+    warps, mla.ATTEND_WARPS = mla.ATTEND_WARPS, 4
+    narrow = case.each(lambda layer, cache: mla.attend_decodes(absorbed, layer, cache, batch, rows, output, early))
+    mla.ATTEND_WARPS = warps
     return {
         "us": whole,
+        "attend_4_warps": narrow,
         "prepare": case.each(lambda layer, cache: mla.prepare(queries, case.latents, layer, cache, batch, rows, early)),
         "attend": case.each(
             lambda layer, cache: mla.attend_decodes(absorbed, layer, cache, batch, rows, output, early)
         ),
         "bytes": size,
-        **variants(
-            lambda: case.each(
-                lambda layer, cache: mla.attend_decodes(absorbed, layer, cache, batch, rows, output, early)
-            )
-        ),
     }
-
-
-def variants(attend: Callable[[], float]) -> dict[str, float]:
-    """Microseconds of attending and expanding by how the kernel is compiled and the rows are cut."""
-    before = mla.ATTEND_WARPS, mla.ATTEND_STAGES, mla.PROGRAMS
-    found = {}
-    for variant in VARIANTS:
-        mla.ATTEND_WARPS, mla.ATTEND_STAGES, mla.PROGRAMS = variant
-        found["warps {} stages {} programs {}".format(*variant)] = attend()
-    mla.ATTEND_WARPS, mla.ATTEND_STAGES, mla.PROGRAMS = before
-    return found
 
 
 def prefill(rows: int, count: int, context: int) -> dict[str, float]:
@@ -151,10 +135,10 @@ def main() -> None:
             lines.append(f"decode {rows:4} x {context:5}: {found}")
             continue
         rate = found["bytes"] / found["us"] * 1e6
-        tried = " ".join(f"{time:.1f}" for name, time in found.items() if name.startswith("warps"))
         lines.append(
             f"decode {rows:4} x {context:5}: {found['us']:8.1f} us (prepare {found['prepare']:.1f}, attend and expand "
-            f"{found['attend']:.1f}; variants {tried})  {rate / 1e12:.2f} TB/s, {rate / bandwidth:.0%}"
+            f"{found['attend']:.1f}; {found['attend_4_warps']:.1f} with 4 warps)  {rate / 1e12:.2f} TB/s, "
+            f"{rate / bandwidth:.0%}"
         )
     for rows, count, context in PREFILLS:
         found = attempt(partial(prefill, rows, count, context))
@@ -168,7 +152,6 @@ def main() -> None:
     folder = Path(os.environ["OUT"]) if "OUT" in os.environ else None
     report.write("mla_speed", {**facts, "bandwidth": bandwidth, "results": results}, folder)
     print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s; a layer's latent attention:")
-    print(f"variants of attending (warps, stages, programs): {VARIANTS}")
     print("\n".join(lines))
 
 

@@ -15,13 +15,7 @@ import triton
 
 from engines.kernels.cuda.device import starts_early
 from engines.kernels.cuda.launch import Launcher
-from engines.kernels.cuda.mla_kernels import (
-    attend_kernel,
-    expand_kernel,
-    expand_one_kernel,
-    join_kernel,
-    prepare_kernel,
-)
+from engines.kernels.cuda.mla_kernels import attend_kernel, expand_kernel, expand_one_kernel, prepare_kernel
 from engines.kernels.cuda.mla_prefill import LOG2_E, attend_prompts
 from engines.kernels.reference import AttentionBatch
 
@@ -31,7 +25,7 @@ if TYPE_CHECKING:
 PROGRAMS = 132
 """So many attend at once: the multiprocessors of a Hopper GPU, each of which holds one."""
 MAX_SPLITS = 32
-ATTEND_WARPS, ATTEND_STAGES = 4, 2
+ATTEND_WARPS = 8
 TILE_KEYS = 64
 WIDEST_HEAD = 256
 FEW_TOKENS = 4
@@ -40,7 +34,6 @@ FEW_TOKENS = 4
 _prepare = Launcher(prepare_kernel)
 _attend = Launcher(attend_kernel)
 _expand_one = Launcher(expand_one_kernel)
-_join = Launcher(join_kernel)
 _expand = Launcher(expand_kernel)
 _block = triton.next_power_of_2
 
@@ -127,6 +120,7 @@ def prepare(
             rank,
             _block(rank),
             half,
+            _block(half),
             shape.interleaved,
             tile_t,
             tile_c,
@@ -177,38 +171,23 @@ def attend_decodes(
             heads,
             16,
             rank,
+            _block(rank),
             shape.rope,
+            max(16, _block(shape.rope)),
             cache.shape[1],
             TILE_KEYS,
             batch.table_rows is not None,
             early,
         ),
         warps=ATTEND_WARPS,
-        stages=ATTEND_STAGES,
+        stages=2,
         early=early,
     )
+    sizes = (heads, nope, value, rank, _block(rank), _block(splits))
+    tensors = (partials, logs, shape.up.stacked, batch.context_lengths, batch.query_starts, output)
     if rows <= FEW_TOKENS:
-        sizes = (heads, nope, value, rank, _block(rank), _block(splits))
-        tensors = (partials, logs, shape.up.stacked, batch.context_lengths, batch.query_starts, output)
         grid = (triton.cdiv(value, 32), heads, rows)
         _expand_one(grid, tensors, (), (splits,), (*sizes, 32, TILE_KEYS, early), early=early)
         return
-    joined = torch.empty((rows, heads, rank), dtype=absorbed.dtype, device=absorbed.device)
-    _join(
-        (rows, heads, 1),
-        (partials, logs, batch.context_lengths, batch.query_starts, joined),
-        fixed=(),
-        free=(splits,),
-        constants=(heads, rank, _block(rank), _block(splits), TILE_KEYS, early),
-        early=early,
-    )
-    tile_r = 16 if rows <= 16 else 32 if rows <= 64 else 64
-    tile_v = 32 if rows <= 64 else 64
-    _expand(
-        (triton.cdiv(value, tile_v), heads, triton.cdiv(rows, tile_r)),
-        (joined, shape.up.stacked, batch.query_starts, output),
-        fixed=(),
-        free=(rows,),
-        constants=(heads, nope, value, rank, tile_v, tile_r, min(128, rank), early),
-        early=early,
-    )
+    grid = (triton.cdiv(value, 64), heads, triton.cdiv(rows, 16))
+    _expand(grid, tensors, (), (splits, rows), (*sizes, 64, TILE_KEYS, 16, 3, early), warps=8, early=early)
