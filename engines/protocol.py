@@ -30,6 +30,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     step_seconds: float = 0.0
     """Of a step, roughly, before its tokens count."""
     token_seconds: float = 0.0
+    profile: tuple[StepSample, ...] = ()
+    """How long some steps took, so that the first requests are not scheduled blindly."""
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):

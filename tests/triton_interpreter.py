@@ -33,6 +33,18 @@ def _interpret() -> None:
         return dot(self, widened(left), widened(right), *rest)
 
     builder.create_dot = create_dot
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def truth(mask: Any) -> Any:
+        # A conjunction with a scalar has integers for truth values, which Triton 3.9 does not take for a mask.
+        return interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
+
+    builder.create_masked_load = lambda self, places, mask, *rest, **named: load(
+        self, places, truth(mask), *rest, **named
+    )
+    builder.create_masked_store = lambda self, places, value, mask, *rest, **named: store(
+        self, places, value, truth(mask), *rest, **named
+    )
     patch = interpreter._patch_lang_tensor
 
     def patch_tensor(tensor: Any, scope: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engines.generation import kv_cache
+from engines.generation import kv_cache, profile
 from engines.generation.choose_runner import Runner, make_runner, state_bytes, uses_triton
 from engines.generation.memory import KvSize, kv_bytes, measure_workspace, size_kv
 from engines.generation.placement import Placement, choose_placement, dtype_name
@@ -151,6 +151,8 @@ def _measure(
         cores=cores,
         step_seconds=cost.fixed,
         token_seconds=cost.per_token,
+        # A GPU's steps run as graphs, which are captured later and take a fraction of the time that a step takes here.
+        profile=profile.measure(probe, max_rows, min(longest, step_tokens), clock) if on_cpu else (),
     )
 
 

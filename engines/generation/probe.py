@@ -9,7 +9,7 @@ import torch
 from engines.generation import kv_cache
 from engines.generation.choose_runner import make_runner
 from engines.models.model import Model
-from engines.protocol import Admit, Capacity, Row, SamplingParams, StepPlan
+from engines.protocol import Admit, Capacity, Row, SamplingParams, StepPlan, StepResult
 
 GREEDY = SamplingParams(seed=0, temperature=0)
 COSTLIEST = SamplingParams(
@@ -54,6 +54,10 @@ class Probe:
         """Compute one prompt of so many tokens."""
         self._step([(0, tokens)], GREEDY, None)
 
+    def seconds(self, rows: list[tuple[int, int]]) -> float:
+        """Run a step of these rows, (tokens before, tokens computed); returns how long the device worked on it."""
+        return self._step(rows, GREEDY, None).seconds
+
     def largest_step(self, max_rows: int, max_step_tokens: int) -> None:
         """One decode a row but for the last ones, whose prompts fill the step, all at the end of a full context."""
         decodes = min(max_rows, max_step_tokens) - 1
@@ -64,7 +68,7 @@ class Probe:
         counts = ([1] * decodes + prompts)[-max_rows:]
         self._step([(self._context - count, count) for count in counts], COSTLIEST, PROMPT_LOGPROBS)
 
-    def _step(self, rows: list[tuple[int, int]], sampling: SamplingParams, prompt_logprobs: int | None) -> None:
+    def _step(self, rows: list[tuple[int, int]], sampling: SamplingParams, prompt_logprobs: int | None) -> StepResult:
         """Run a step to its end in which each row computes ``count`` tokens from ``start`` on and draws one.
 
         Log probabilities of the prompt, if asked for, are those of the last row.
@@ -85,4 +89,4 @@ class Probe:
             Row(item=slot, slot=slot, start=start, count=count, new_blocks=(), max_new=1)
             for slot, (start, count) in enumerate(rows)
         )
-        self._runner.run(StepPlan(step=0, engine="", admits=admits, rows=plan_rows)).result()
+        return self._runner.run(StepPlan(step=0, engine="", admits=admits, rows=plan_rows)).result()

@@ -9,6 +9,7 @@ with at most two steps launched and not yet settled, which are settled in the or
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ import msgspec
 
 from engines.protocol import Capacity, StepPlan, StepResult, StepSample
 from server.scheduler.config import SchedulerConfig
+from server.scheduler.draft import Tally
 from server.scheduler.drops import Dropped
 from server.scheduler.items import ItemUpdate, StepWork
 from server.scheduler.law import LAWS, Law
 from server.scheduler.one_shot import OneShotLane
 from server.scheduler.sequences import SequenceLane
+from server.scheduler.step_time import StepTimeModel
 from server.worker.wire import EngineLoad, Item
 
 __all__ = ["MAX_IN_FLIGHT", "Dropped", "DynamicBatchScheduler", "ItemUpdate", "StepWork"]
@@ -30,6 +33,11 @@ MAX_IN_FLIGHT = 2
 """Steps launched and not settled: one runs, the next waits for it on the device."""
 
 Lane = SequenceLane | OneShotLane
+
+
+def _finite(item: Item) -> bool:
+    """Whether queues can be ordered by what it says: a wire carries NaN like any other number."""
+    return all(math.isfinite(each or 0.0) for each in (item.waited, item.weight, item.ttft, item.tpot, item.timeout))
 
 
 @dataclass(slots=True)
@@ -63,17 +71,14 @@ class _Ticket:
 class DynamicBatchScheduler:
     """All items of all engines of one worker. One thread calls it; times are seconds of one monotonic clock."""
 
-    def __init__(self, config: SchedulerConfig, law: Law | None = None, *, last_step: int = 0) -> None:
-        """``law`` says which rules hold, one by one; by default those of ``config.policy``.
-
-        ``last_step`` is that of the scheduler whose engines this one takes over: its steps are numbered on from there.
-        """
+    def __init__(self, config: SchedulerConfig, law: Law | None = None) -> None:
+        """``law`` says which rules hold, one by one; by default those of ``config.policy``."""
         self._config = config
         self._law = law or LAWS[config.policy]
         self._engines: dict[str, _Engine] = {}
         self._lanes: list[Lane] = []  # the one that was planned longest ago comes first
         self._in_flight: deque[_Ticket] = deque()
-        self._step = last_step
+        self._step = 0
         self._arrival = 0
         self._settled_work = StepWork()
         self._suspect_next = True
@@ -91,21 +96,34 @@ class DynamicBatchScheduler:
         """Size of the step that was settled last, and what it was predicted to take."""
         return self._settled_work
 
-    @property
-    def last_step(self) -> int:
-        """Number of the last planned step."""
-        return self._step
-
     def add_engine(self, name: str, capacity: Capacity, fingerprint: str, profile: Sequence[StepSample] = ()) -> None:
         """Serve an engine from now on; ``profile`` is what it measured at load. Raises ValueError for a name in use."""
         if name in self._engines:
             raise ValueError(f"engine {name} is here already")
+        step_time = StepTimeModel()
+        step_time.seed(profile)
         engine = _Engine(
-            SequenceLane(name, capacity, fingerprint, self._config, self._law, profile),
+            SequenceLane(name, capacity, fingerprint, self._config, self._law, step_time, Tally()),
             OneShotLane(name, capacity, self._config, self._law),
         )
         self._engines[name] = engine
         self._lanes.extend(engine.lanes)
+
+    def configure(self, config: SchedulerConfig) -> None:
+        """Go on with other settings and the law of their policy, without items: all are forgotten.
+
+        What was learned and counted stays.
+
+        Raises ValueError while steps are in flight.
+        """
+        if self._in_flight:
+            raise ValueError("settings cannot change while steps are in flight")
+        self._config, self._law = config, LAWS[config.policy]
+        self._dropped, self._unheard = [], 0.0
+        for engine in self._engines.values():
+            engine.sequences = engine.sequences.reconfigured(config, self._law)
+            engine.one_shot = engine.one_shot.reconfigured(config, self._law)
+        self._lanes = [lane for engine in self._engines.values() for lane in engine.lanes]
 
     def remove_engine(self, name: str) -> list[ItemUpdate]:
         """Forget an engine; its items end with an error. Steps of it in flight must still be settled.
@@ -131,6 +149,8 @@ class DynamicBatchScheduler:
         lane = engine.lane_of(items[0])
         if any(item.engine != items[0].engine or engine.lane_of(item) is not lane for item in items):
             return "the items of one request must be of one model and one kind"
+        if any(not _finite(item) for item in items):
+            return "its targets, its timeout and its tenant's weight must be finite numbers"
         if len({item.item for item in items}) < len(items) or any(self._holds(item.item) for item in items):
             return "an item with this id is here already"
         for item in items:

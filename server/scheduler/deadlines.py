@@ -32,6 +32,8 @@ STRETCH = 2.0
 first token."""
 IN_FLIGHT = 2
 """Launched steps behind which a prompt may arrive."""
+LEAST_TARGET = 1e-4
+"""Shorter targets, and negative ones, count as this: out of reach, but fit to be divided by."""
 BEST_EFFORT = 1.25
 """A step may take this many times its decodes alone, however late they are: prompts must not stand still."""
 
@@ -60,8 +62,8 @@ def aim_of(item: Item, config: SchedulerConfig) -> Aim:
     ttft = item.ttft if item.ttft is not None else config.target_ttft
     tpot = item.tpot if item.tpot is not None else config.target_tpot
     return Aim(
-        ttft=max(SOFT_TTFT, item.prompt_length / SOFT_PROMPT_RATE) if ttft is None else ttft,
-        tpot=SOFT_TPOT if tpot is None else tpot,
+        ttft=max(SOFT_TTFT, item.prompt_length / SOFT_PROMPT_RATE) if ttft is None else max(LEAST_TARGET, ttft),
+        tpot=SOFT_TPOT if tpot is None else max(LEAST_TARGET, tpot),
         asked_ttft=ttft is not None,
         asked_tpot=tpot is not None,
         firm=item.firm and ttft is not None,

@@ -90,6 +90,7 @@ class OneShotLane:
     def __init__(self, name: str, capacity: Capacity, config: SchedulerConfig, law: Law) -> None:
         self.name = name
         self.decisions: dict[str, int] = {}
+        self._capacity = capacity
         self._config = config
         self._law = law
         self._max_rows = min(capacity.max_rows, config.max_batch or capacity.max_rows)
@@ -102,6 +103,13 @@ class OneShotLane:
 
     def __contains__(self, item: int) -> bool:
         return item in self._buckets
+
+    def reconfigured(self, config: SchedulerConfig, law: Law) -> OneShotLane:
+        """An empty lane to go on in this one's place, with other settings and what this one has learned and counted."""
+        lane = OneShotLane(self.name, self._capacity, config, law)
+        lane.decisions, lane._errors = self.decisions, self._errors
+        lane._queues = {bucket: _Queue(time=queue.time, steps=queue.steps) for bucket, queue in self._queues.items()}
+        return lane
 
     @property
     def running(self) -> int:

@@ -9,6 +9,7 @@ from engines.protocol import Row
 from server.scheduler.aimd import AimdBudget
 from server.scheduler.budget import MIN_CHUNK, SOFT_CHUNK, StepBudget
 from server.scheduler.draft import Draft, Survey, Tally
+from server.scheduler.fairness import TenantAccounts
 from server.scheduler.items import SequenceState, StepWork
 from server.scheduler.lateness import PromptPace
 from server.scheduler.law import Law
@@ -25,15 +26,25 @@ class Planner:
     """Turns residents and waiting items into steps. Called by ``SequenceLane`` only."""
 
     def __init__(
-        self, law: Law, residents: Residents, waiting: WaitingQueue, model: StepTimeModel, max_tokens: int
+        self,
+        law: Law,
+        residents: Residents,
+        waiting: WaitingQueue,
+        accounts: TenantAccounts,
+        model: StepTimeModel,
+        tally: Tally,
+        max_tokens: int,
     ) -> None:
-        self.tally = Tally()
+        self.tally = tally
         self.aimd = AimdBudget(max_tokens)
         self.token_budget = max_tokens
         """Tokens that the last step could have taken."""
+        self.slots_are_short = False
+        """Somebody waited for a slot when the last step was planned."""
         self._law = law
         self._residents = residents
         self._waiting = waiting
+        self._accounts = accounts
         self._model = model
         self._max_tokens = max_tokens
         self._said: set[str] = set()
@@ -70,6 +81,7 @@ class Planner:
     def plan(self, survey: Survey, now: float, tight: bool) -> Draft | None:
         """The next step's rows; None where nothing can be computed before a step in flight is settled."""
         draft = Draft(survey, self._open_budget(survey, now, tight), now)
+        self.slots_are_short = False
         self._continue_decodes(draft)
         self._compute_prompts(draft)
         if not draft.planned:
@@ -179,7 +191,8 @@ class Planner:
 
     def make_way(self, now: float) -> None:
         """Before anything is planned: a place for an item of a higher class whose deadline comes near."""
-        state = self._waiting.head(now)
+        # It would take the slot that is emptied for it.
+        state = self._waiting.head(now, self._free_slots(now, 1))
         if state is None or state.tickets or state.rank >= self._residents.lowest_rank:
             return
         if state.deadline - now > AT_RISK * state.aim.ttft:
@@ -198,7 +211,8 @@ class Planner:
         queue = sorted(((precedence(state, now), state) for state in prompts), key=lambda pair: pair[0], reverse=True)
         closed = False
         while draft.budget.open:
-            newcomer = None if closed else self._waiting.head(now)
+            newcomer = None if closed else self._newcomer(now)
+            closed = newcomer is None
             if newcomer is not None and (not queue or precedence(newcomer, now) < queue[-1][0]):
                 closed = not self._admit(draft, newcomer)
             elif queue:
@@ -208,12 +222,26 @@ class Planner:
             else:
                 return
 
+    def _newcomer(self, now: float) -> SequenceState | None:
+        free = self._free_slots(now) if not self._residents.full else None
+        state = self._waiting.head(now, free)
+        if state is None and self._waiting:
+            self.slots_are_short = True
+            self.tally.decisions["waits for its tenant's share"] += 1
+        return state
+
+    def _free_slots(self, now: float, emptied: int = 0) -> int | None:
+        """With ``emptied`` more than now; None where a tenant may take all of them."""
+        shares = self._law.fairness and self._accounts.shared(now)
+        return self._residents.free_slots + emptied if shares else None
+
     def _admit(self, draft: Draft, state: SequenceState) -> bool:
         """Give a waiting item a slot, blocks and its first tokens; False where nobody can come in now."""
         # One with a step in flight keeps its place: a later arrival must not take the blocks that it needs.
         if state.tickets:
             return False
         if self._residents.full:
+            self.slots_are_short = True
             self.tally.decisions["waits for a slot"] += 1
             return False
         if self._crowded(state, draft.survey):

@@ -55,6 +55,10 @@ class Residents:
     def full(self) -> bool:
         return not self._free_slots
 
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
 
@@ -79,6 +83,7 @@ class Residents:
         state.computed = len(matched) * self._block_size
         state.committed = len(matched)
         state.slot = heapq.heappop(self._free_slots)
+        state.account.slots += 1
         insort(self._states, state, key=_seniority)
         self._reserve = max(1.0, self._reserve * RELAX)
         return len(matched)
@@ -177,6 +182,7 @@ class Residents:
         state.blocks = []
         heapq.heappush(self._free_slots, state.slot)
         state.slot = -1
+        state.account.slots -= 1
         del self._states[bisect_left(self._states, _seniority(state), key=_seniority)]
 
     def integrity(self) -> list[str]:

@@ -19,10 +19,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from engines.protocol import Capacity, End, Row, RowResult, StepPlan, StepResult, StepSample
+from engines.protocol import Capacity, End, Row, RowResult, StepPlan, StepResult
 from server.scheduler.block_pool import root_hash
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.deadlines import aim_of
+from server.scheduler.draft import Tally
 from server.scheduler.drops import Dropped, Expiries, overloaded, timed_out
 from server.scheduler.fairness import TenantAccounts
 from server.scheduler.items import RANKS, ItemUpdate, SequenceState, StepWork
@@ -53,11 +54,12 @@ class SequenceLane:
         fingerprint: str,
         config: SchedulerConfig,
         law: Law,
-        profile: Sequence[StepSample] = (),
+        step_time: StepTimeModel,
+        tally: Tally,
     ) -> None:
+        """``step_time`` and ``tally`` may be of a lane that this one takes over from."""
         self.name = name
-        self.step_time = StepTimeModel()
-        self.step_time.seed(profile)
+        self.step_time = step_time
         self._capacity = capacity
         self._fingerprint = fingerprint
         self._config = config
@@ -69,7 +71,7 @@ class SequenceLane:
         self._waiting = WaitingQueue(law)
         self._suspects: list[SequenceState] = []  # the first of them runs, alone
         self._accounts = TenantAccounts()
-        self._planner = Planner(law, self._residents, self._waiting, self.step_time, max_tokens)
+        self._planner = Planner(law, self._residents, self._waiting, self._accounts, self.step_time, tally, max_tokens)
         self._expiries = Expiries()
         self._dropped: list[Dropped] = []
         self._ends: deque[float] = deque(maxlen=ENDS)
@@ -78,6 +80,11 @@ class SequenceLane:
 
     def __contains__(self, item: int) -> bool:
         return item in self._items
+
+    def reconfigured(self, config: SchedulerConfig, law: Law) -> SequenceLane:
+        """An empty lane to go on in this one's place, with other settings and what this one has learned and counted."""
+        tally = self._planner.tally
+        return SequenceLane(self.name, self._capacity, self._fingerprint, config, law, self.step_time, tally)
 
     # --- items come and go
 
@@ -123,7 +130,7 @@ class SequenceLane:
         end: End = "length" if limit <= room else "error"
         root = root_hash(self._fingerprint, item.cache_salt)
         aim = aim_of(item, self._config)
-        account = self._accounts.enter(item.tenant, item.weight)
+        account = self._accounts.enter(item.tenant, item.weight, now)
         rank = RANKS[item.priority] if self._law.priorities else 1
         state = SequenceState(
             item, arrival, now, min(limit, room), end, root, self._capacity.block_size, aim, account, rank
@@ -339,7 +346,8 @@ class SequenceLane:
         """All prompts of now have to be computed first, and where all slots are taken, streams have to end."""
         prompts = [*waiting, *(state for state in self._residents if not state.paced_tokens)]
         work = sum(prompt_seconds(state, self.step_time) for state in prompts) / self._pace.share
-        if not self._residents.full or len(self._ends) < 2 or self._ends[-1] <= self._ends[0]:
+        waits = self._residents.full or self._planner.slots_are_short
+        if not waits or len(self._ends) < 2 or self._ends[-1] <= self._ends[0]:
             return work + self._pace.alone
         ending = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         return max(work + self._pace.alone, (len(waiting) + 1) * ending)

@@ -66,14 +66,15 @@ class _ClassQueue:
         if not queue:
             del self.tenants[account]
 
-    def head(self) -> SequenceState | None:
+    def head(self, free: int | None) -> SequenceState | None:
         if self.returning:
             return self.returning[0][2]
-        if not self.tenants:
-            return None
-        if len(self.tenants) == 1:
-            return next(iter(self.tenants.values()))[0][2]
-        return min((account.served if account else 0.0, queue[0]) for account, queue in self.tenants.items())[1][2]
+        heads = [
+            (account.served if account else 0.0, queue[0])
+            for account, queue in self.tenants.items()
+            if free is None or account is None or not account.takes_more_than_its_share(free)
+        ]
+        return min(heads)[1][2] if heads else None
 
     def ordered(self, placed: Sequence[SequenceState]) -> Iterator[SequenceState]:
         """Waiting items and those of ``placed``, which have a slot already, as they will be served."""
@@ -140,13 +141,17 @@ class WaitingQueue:
         if waits:
             self.push(state)
 
-    def head(self, now: float) -> SequenceState | None:
-        """Who is next. Changes nothing."""
+    def head(self, now: float, free: int | None = None) -> SequenceState | None:
+        """Who is next; of tenants that take no more than their share of slots, where ``free`` of them are left.
+
+        One that had a place already comes back whatever its tenant has. Changes nothing.
+        """
         best: tuple[Precedence, SequenceState] | None = None
         for rank in range(CLASSES):
             if self._waiting[rank]:
-                state = self._classes[rank].head()
-                assert state is not None
+                state = self._classes[rank].head(free)
+                if state is None:
+                    continue
                 precedence = self.precedence(state, now)
                 if best is None or precedence < best[0]:
                     best = precedence, state

@@ -179,14 +179,8 @@ class WorkerLoop:
             self._mailbox.send(Refused(self._incarnation, [item.item for item in offer.items], refusal))
 
     def _configure(self, config: SchedulerConfig) -> None:
-        """A new scheduler over the same engines; it starts without items."""
         self._settle_all()
-        self._scheduler = DynamicBatchScheduler(config, last_step=self._scheduler.last_step)
-        for engine in self._engines.values():
-            self._serve(engine)
-
-    def _serve(self, engine: Engine) -> None:
-        self._scheduler.add_engine(engine.info.name, engine.capacity, engine.info.fingerprint)
+        self._scheduler.configure(config)
 
     def _settle_all(self) -> None:
         while self._tickets:
@@ -196,7 +190,9 @@ class WorkerLoop:
         for message, engine in self._loads.news():
             if engine is not None:
                 self._engines[engine.info.name] = engine
-                self._serve(engine)
+                measured = engine.info.measured
+                profile = () if measured is None else measured.profile
+                self._scheduler.add_engine(engine.info.name, engine.capacity, engine.info.fingerprint, profile)
                 gc.collect()
                 gc.freeze()
             self._mailbox.send(message)

@@ -147,6 +147,15 @@ def test_other_settings_forget_all_items_and_serve_on(api: ApiSide, process: sub
     assert report.steps > 5, "steps count on"
 
 
+def test_the_first_step_is_predicted_from_what_the_engine_measured(
+    api: ApiSide, process: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    api.send(LoadEngine(tiny_spec(model_folder(tmp_path, LLAMA), name="m")))
+    api.next(Loaded)
+    api.send(Offer([item(1)]))
+    assert api.next(StepOutputs).stats.predicted_seconds > 0
+
+
 def test_items_of_an_unloaded_engine_end_with_an_error(api: ApiSide, process: subprocess.Popen[bytes]) -> None:
     api.send(LoadEngine(FAKE))
     api.next(Loaded)

@@ -123,16 +123,24 @@ def test_a_report_from_before_the_queue_was_empty_refuses_nobody() -> None:
 
 
 def test_a_firm_request_that_must_miss_is_refused_with_the_prediction() -> None:
-    door = busy(1.5)
+    door = busy(2.5)
     error = refusal(door, firm(prompt=100, ttft=1.0))
-    assert (error.reason, error.queue_seconds) == ("target", 1.5)
-    assert error.predicted_ttft == pytest.approx(1.6)
+    assert (error.reason, error.queue_seconds) == ("target", 2.5)
+    assert error.predicted_ttft == pytest.approx(2.6)
+    assert error.retry_after == pytest.approx(1.0)
     door.check(request(prompt=100, ttft=1.0))
     door.check(firm(prompt=100, ttft=2.0))
 
 
+def test_what_may_still_be_served_is_left_to_the_scheduler() -> None:
+    door = busy(1.8)
+    door.check(firm(prompt=100, ttft=1.0))
+    door.reported(load(wait=2.0))
+    refusal(door, firm(prompt=100, ttft=1.0))
+
+
 def test_a_client_s_patience_is_a_deadline_too() -> None:
-    door = busy(1.5)
+    door = busy(2.1)
     assert refusal(door, request(timeout=1.0)).reason == "target"
     assert refusal(door, firm(ttft=100.0, timeout=1.0)).reason == "target"
     door.check(request(timeout=2.0))
@@ -142,11 +150,13 @@ def test_what_the_worker_has_not_seen_counts_and_time_that_passes_drains() -> No
     door = make(now := Now())
     door.reported(load(wait=0.5))
     now.seconds += 0.1
-    door.filed(request(prompt=1000))
+    door.filed(request(prompt=2000))
     error = refusal(door, firm(arrived=now()))
-    assert error.queue_seconds == pytest.approx(1.4)
+    assert error.queue_seconds == pytest.approx(2.4)
     now.seconds += 0.4
-    door.reported(load(wait=0.8))
+    door.reported(load(wait=1.8))
+    now.seconds += 0.1
+    refusal(door, firm(arrived=now()))
     now.seconds += 0.3
     door.check(firm(arrived=now()))
 
@@ -158,16 +168,16 @@ def test_a_target_that_an_idle_machine_would_miss_refuses_nobody() -> None:
 
 
 def test_a_class_that_refuses_opens_again_below_four_fifths() -> None:
-    door = busy(0.95)
+    door = busy(1.9)
     door.check(firm())
-    door.reported(load(wait=1.5))
+    door.reported(load(wait=2.4))
     refusal(door, firm())
-    door.reported(load(wait=0.95))
+    door.reported(load(wait=1.9))
     refusal(door, firm())
     door.check(firm(priority="low"))
-    door.reported(load(wait=0.7))
+    door.reported(load(wait=1.5))
     door.check(firm())
-    door.reported(load(wait=0.95))
+    door.reported(load(wait=1.9))
     door.check(firm())
 
 
@@ -175,7 +185,7 @@ def test_higher_classes_and_earlier_deadlines_do_not_wait_for_others() -> None:
     door = make(now := Now())
     door.filed(request(prompt=1000, ttft=10.0))
     now.seconds += 0.1
-    door.reported(load(wait=2.0))
+    door.reported(load(wait=4.0))
     refusal(door, firm(ttft=1.5, arrived=now(), priority="low"))
     door.check(firm(ttft=1.5, arrived=now()))
     door.check(firm(ttft=1.5, arrived=now(), priority="high"))

@@ -236,6 +236,18 @@ def test_what_cannot_be_served_is_refused_in_words(folder: Path, fields: dict[st
         load_tiny(folder, **fields)
 
 
+def test_a_load_measures_steps_and_the_next_one_takes_them_over(folder: Path, engine: GenerationEngine) -> None:
+    measured = engine.info.measured
+    assert measured is not None
+    tokens = [sample.tokens for sample in measured.profile]
+    assert (min(tokens), max(tokens)) == (1, 64)
+    assert max(sample.rows for sample in measured.profile) == 8
+    assert all(sample.seconds > 0 for sample in measured.profile)
+    again = load_tiny(folder, measured=measured)
+    assert again.info.measured == measured
+    again.close()
+
+
 def test_auto_resolves_to_a_device_that_is_there(folder: Path) -> None:
     engine = load_tiny(folder, device="auto")
     assert engine.info.device == ("cuda:0" if torch.cuda.is_available() else "cpu")

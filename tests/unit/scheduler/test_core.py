@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -38,6 +39,15 @@ class TestOffer:
         rig.offer(rig.item(range(127), max_tokens=1))
         rig.run()
         rig.check_all()
+
+    @pytest.mark.parametrize("number", [math.nan, math.inf])
+    @pytest.mark.parametrize("name", ["waited", "weight", "ttft", "tpot", "timeout"])
+    @pytest.mark.parametrize("rows", [0, 1])
+    def test_what_no_queue_can_be_ordered_by_is_refused(self, name: str, number: float, rows: int) -> None:
+        rig = Rig()
+        wishes: dict[str, Any] = {"rows": rows, name: number}
+        item = rig.item([] if rows else range(3), **wishes)
+        assert "finite" in str(rig.scheduler.offer([item], rig.now))
 
     def test_a_prompt_larger_than_the_pool_is_refused(self) -> None:
         rig = Rig(engines={"m": msgspec.structs.replace(SMALL, blocks=3)})
@@ -155,3 +165,76 @@ def test_load_counts_what_integrity_found() -> None:
     assert set(found) == {"m"}
     assert rig.load().integrity_errors == found["m"]
     assert plan.rows[0].new_blocks
+
+
+class TestConfigure:
+    def loaded(self) -> Rig:
+        rig = Rig(
+            SchedulerConfig(max_batch=4), seconds=lambda plan: 0.003 + 0.001 * sum(row.count for row in plan.rows)
+        )
+        for number in range(8):
+            rig.offer(rig.item(range(number + 2)))
+            rig.offer(rig.one_shot(0, 2))
+        rig.run()
+        return rig
+
+    def test_what_was_learned_and_counted_stays(self) -> None:
+        rig = self.loaded()
+        before, last = rig.load(), rig.plans[-1].step
+        predicted = rig.scheduler._engines["m"].one_shot._queues[0].seconds(2)
+        assert predicted > 0
+        rig.scheduler.configure(SchedulerConfig(max_batch=1))
+        after = rig.load()
+        for name in (
+            "decisions",
+            "computed_tokens",
+            "prefix_queries",
+            "prefix_hits",
+            "step_error_p50",
+            "step_error_p95",
+        ):
+            assert getattr(before, name)
+            assert getattr(after, name) == getattr(before, name)
+        rig.offer(rig.item(range(10)))
+        plan = rig.must_launch()
+        assert plan.step == last + 1
+        assert rig.scheduler._in_flight[0].work.seconds == pytest.approx(0.013, rel=0.1)
+        rig.offer(rig.item(range(3)))
+        rig.run()
+        assert rig.load().running == 0
+        assert max(len(plan.rows) for plan in rig.plans if plan.step > last) == 1
+        assert rig.load().computed_tokens > before.computed_tokens
+        assert rig.scheduler._engines["m"].one_shot._queues[0].seconds(2) == predicted
+        rig.check()
+
+    def test_another_policy_holds_from_then_on(self) -> None:
+        rig = self.loaded()
+        rig.scheduler.configure(SchedulerConfig(policy="static"))
+        bound = sum(count for reason, count in rig.load().decisions.items() if reason.startswith("step bound"))
+        rig.offer(rig.item(range(10)))
+        rig.run()
+        after = sum(count for reason, count in rig.load().decisions.items() if reason.startswith("step bound"))
+        assert after == bound
+
+    def test_all_items_are_forgotten(self) -> None:
+        rig = Rig()
+        items = [rig.item(range(5), suspect=number == 2) for number in range(12)]
+        for item in items:
+            rig.offer(item)
+        rig.tick()
+        while rig.in_flight:
+            rig.settle()
+        rig.scheduler.configure(SchedulerConfig())
+        rig.check()
+        assert rig.launch() is None
+        assert (rig.load().running, rig.load().waiting, rig.load().blocks_used) == (0, 0, 0)
+        assert rig.scheduler.offer([items[0]], rig.now) is None
+
+    def test_not_while_steps_are_in_flight(self) -> None:
+        rig = Rig()
+        rig.offer(rig.item(range(5)))
+        rig.must_launch()
+        with pytest.raises(ValueError, match="in flight"):
+            rig.scheduler.configure(SchedulerConfig())
+        rig.run()
+        rig.check_all()

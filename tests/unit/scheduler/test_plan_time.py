@@ -15,11 +15,12 @@ CAPACITY = Capacity(blocks=20_000, block_size=16, max_rows=256, max_step_tokens=
 
 
 @pytest.mark.parametrize("tenants", [1, 20])
-def test_256_residents_and_1000_waiting(tenants: int) -> None:
+def test_all_slots_taken_and_1000_waiting(tenants: int) -> None:
     rig = Rig(SchedulerConfig(), {"m": CAPACITY})
     for start in range(1256):
         wishes = {"ttft": 100.0, "tpot": 0.05, "firm": True, "tenant": str(start % tenants)}
         rig.offer(rig.item([start] * 48, max_tokens=1000, **wishes))
+    residents = 256 if tenants == 1 else 255  # one is left for a tenant that has none
     plans: list[float] = []
     settles: list[float] = []
     pending: list[StepPlan] = []
@@ -39,11 +40,11 @@ def test_256_residents_and_1000_waiting(tenants: int) -> None:
         rig.now += 0.01
         settle = time.thread_time()
         rig.scheduler.settle(StepResult(step=oldest.step, rows=rows, seconds=0.01), rig.now)
-        if len(oldest.rows) == 256:
+        if len(oldest.rows) == residents:
             settles.append(time.thread_time() - settle)
             plans.append(planned - begin)
     gc.unfreeze()
-    assert (rig.load().running, rig.load().waiting) == (256, 1000)
+    assert (rig.load().running, rig.load().waiting) == (residents, 1256 - residents)
     assert len(plans) > 300
     # Measured 0.6 and 0.5 ms in the 99th percentile; the bounds leave room for a slower or a shared core.
     for name, times, most in (("plan", plans, 2e-3), ("settle", settles, 2e-3)):

@@ -191,7 +191,7 @@ class TestFairness:
     def test_many_idle_tenants_are_forgotten(self) -> None:
         accounts = TenantAccounts()
         for number in range(3 * MAX_IDLE):
-            accounts.leave(accounts.enter(str(number), 1.0))
+            accounts.leave(accounts.enter(str(number), 1.0, now=0.0))
         assert len(accounts._accounts) <= MAX_IDLE + 2
 
 
