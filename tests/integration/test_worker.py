@@ -41,6 +41,7 @@ from server.worker.wire import (
     decode_from_worker,
     encode,
 )
+from tests.unit.generation.tiny_models import LLAMA, model_folder, tiny_spec
 
 M = TypeVar("M", bound=FromWorker)
 FAKE = EngineSpec(name="m", kind="fake")
