@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from benchmarks.graph_times import graph_microseconds
 from engines.kernels.cuda.tuning import MOST_ROWS, SkinnyShape
 from engines.kernels.elementwise import rms_norm, silu_mul
 
@@ -116,31 +117,7 @@ class Inputs:
         return output if self.residual is None else output + self.residual[:rows].float()
 
 
-@functools.cache
-def _stream() -> torch.cuda.Stream:
-    """One for all: cuBLAS keeps a workspace for each stream that it has seen."""
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-
 def microseconds(run: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> float:
     """Of one ``run``, inside a CUDA graph that takes the weights in turn; the median of some replays."""
-    stream = _stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        run(weights[0])
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        launches = max(len(weights), 8)
-        with torch.cuda.graph(graph, stream=stream):
-            for index in range(launches):
-                run(weights[index % len(weights)])
-        graph.replay()
-        times = []
-        for _ in range(REPLAYS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            times.append(float(begin.elapsed_time(end)))
-    return 1000 * sorted(times)[REPLAYS // 2] / launches
+    calls = [partial(run, weights[index % len(weights)]) for index in range(max(len(weights), 8))]
+    return graph_microseconds(calls, REPLAYS, warm=calls[0])

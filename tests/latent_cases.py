@@ -116,8 +116,12 @@ class LatentCase:
         absorbed = torch.cat(
             [torch.einsum("thn,hnc->thc", queries[..., : widths.nope], up[:, : widths.nope]), turned], 2
         )
-        cache = self._written().double().unsqueeze(2)
-        attended = reference.attention(absorbed, cache, cache[..., : widths.rank], self._plain, self.shape.scale)
+        # On the case's own device: long prompts take minutes in float64 on a few cores.
+        device = self.queries.device
+        cache = self._written().double().unsqueeze(2).to(device)
+        attended = reference.attention(
+            absorbed.to(device), cache, cache[..., : widths.rank], self._plain, self.shape.scale
+        ).cpu()
         return torch.einsum("thc,hvc->thv", attended, up[:, widths.nope :]).flatten(1)
 
     def distance(self, result: torch.Tensor) -> float:

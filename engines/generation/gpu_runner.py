@@ -19,6 +19,7 @@ from engines.generation.logprobs import normalized, score
 from engines.generation.rows import RowStates
 from engines.generation.step_inputs import Integers, edits_of, leading_ones, prompt_scorings
 from engines.generation.transfer import to_device, to_host
+from engines.kernels.cuda.launch import Launcher
 from engines.kernels.cuda.sampling import draw_rows
 from engines.kernels.cuda.truncation import Truncates
 from engines.models.batch import Batch, LayerCache
@@ -97,7 +98,7 @@ class GpuStepRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> LaunchedStep:
         """Enqueue the step without waiting for anything."""
-        started, begin = self._clock(), timestamp()
+        started, begin, launches = self._clock(), timestamp(), Launcher.first_launches
         for admit in plan.admits:
             self._states.admit(admit)
         if plan.rows:
@@ -111,6 +112,7 @@ class GpuStepRunner:
             launched = LaunchedStep(plan.step, (), np.zeros(0, np.int64), None, None)
         launched.events = (begin, timestamp())
         launched.seconds = self._clock() - started
+        launched.irregular = Launcher.first_launches > launches
         return launched
 
     def _send(self, rows: _Rows, bound: int) -> None:

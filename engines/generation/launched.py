@@ -28,6 +28,8 @@ class LaunchedStep:
     prompts: list[tuple[PromptScoring, ScoredTokens]] = field(default_factory=list)
     seconds: float = 0.0
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    irregular: bool = False
+    """Kernels were compiled while it was enqueued, and the device may have waited for them."""
 
     def result(self) -> StepResult:
         """Wait for the device and give the results in the plan's order."""
@@ -53,7 +55,7 @@ class LaunchedStep:
             )
             for index, row in enumerate(self.rows)
         ]
-        return StepResult(step=self.step, rows=results, seconds=seconds)
+        return StepResult(step=self.step, rows=results, seconds=seconds, irregular=self.irregular)
 
 
 def score_prompts(

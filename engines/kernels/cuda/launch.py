@@ -28,6 +28,9 @@ class Launcher:
     _direct = True
     """Whether this Triton's compiled kernels are called as its own launcher calls them, which no document promises."""
 
+    first_launches = 0
+    """Of all kernels in all their forms so far: each compiles, or reads what was compiled, and takes up to seconds."""
+
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: dict[Any, Any] = {}
@@ -68,6 +71,7 @@ class Launcher:
         )
         if key is not None:
             self._compiled[key] = compiled
+            Launcher.first_launches += 1
 
     def compile(
         self,
