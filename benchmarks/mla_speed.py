@@ -119,7 +119,7 @@ def attempt(run: Callable[[], dict[str, float]]) -> dict[str, float] | str:
     """One failing case must not stop the rest."""
     try:
         return run()
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - one case must not stop the rest
         return f"{type(error).__name__}: {error}"[:200]
 
 

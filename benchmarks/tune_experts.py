@@ -123,7 +123,7 @@ class Search:
             return float("inf")
         try:
             return over_copies(partial(self.step.products, tiles))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - nor one size
             self.failures.append(f"{tiles}: {type(error).__name__}: {error}"[:200])
             return float("inf")
 

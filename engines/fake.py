@@ -175,6 +175,10 @@ class FakeEngine:
         if plan.graph_rows:
             fits = plan.graph_rows in capacity.graph_rows and plan.graph_rows >= len(rows)
             _require(fits and all(decodes) and not plan.one_shot, f"no graph of {plan.graph_rows} rows for this step")
+        if plan.graph_tokens:
+            tokens = sum(row.count for row in rows)
+            fits = plan.graph_tokens in capacity.graph_tokens and plan.graph_tokens >= tokens
+            _require(fits and not all(decodes), f"no graph of {plan.graph_tokens} tokens for this step")
         _check_one_shot(plan.one_shot)
 
     def _admit(self, admit: Admit) -> None:

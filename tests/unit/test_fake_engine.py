@@ -9,7 +9,9 @@ from engines.fake import FAKE_VOCAB, BrokenPlanError, FakeEngine, fake_output, f
 from engines.protocol import Admit, Capacity, EngineSpec, LoadProgress, OneShotRow, Row, SamplingParams, StepPlan
 from engines.registry import create
 
-CAPACITY = Capacity(blocks=8, block_size=4, max_rows=3, max_step_tokens=16, max_model_len=20, graph_rows=(2,))
+CAPACITY = Capacity(
+    blocks=8, block_size=4, max_rows=3, max_step_tokens=16, max_model_len=20, graph_rows=(2,), graph_tokens=(4,)
+)
 
 
 def admit(item: int = 1, slot: int = 0, tokens: int = 6, blocks: tuple[int, ...] = (), first: int = 0) -> Admit:
@@ -171,6 +173,9 @@ class TestRefusals:
         running.refuses("graph of 1", row(6, 1), graph_rows=1)
         mixed = (row(6, 1), row(0, 6, (4, 5), item=2, slot=1))
         running.refuses("graph of 2", *mixed, admits=(admit(2, 1),), graph_rows=2)
+        running.refuses("graph of 8 tokens", *mixed, admits=(admit(2, 1),), graph_tokens=8)
+        running.refuses("graph of 4 tokens", *mixed, admits=(admit(2, 1),), graph_tokens=4)
+        running.refuses("graph of 4 tokens", row(6, 1), graph_tokens=4)
 
     def test_a_sequence_past_the_context(self, script: Script) -> None:
         script.run(row(0, 16, (0, 1, 2, 3), max_new=0), admits=(admit(tokens=20),))
