@@ -183,7 +183,12 @@ def load(arguments: argparse.Namespace, folder: str) -> GenerationEngine:
         source = str(found[0])
     device = "cpu" if report.device_name() == "cpu" or arguments.device == "cpu" else "cuda"
     spec = EngineSpec(
-        name="bench", source=source, device=device, random_weights=weights, max_model_len=arguments.max_model_len
+        name="bench",
+        source=source,
+        device=device,
+        random_weights=weights,
+        max_model_len=arguments.max_model_len,
+        threads=arguments.threads,
     )
     return GenerationEngine.load(spec, lambda progress: None)
 
@@ -202,7 +207,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         engine = load(arguments, folder)
         facts["device"] = report.device_name() if engine.info.device != "cpu" else "cpu"
+        facts["threads"] = engine.info.threads
         print(f"  device: {facts['device']}, {engine.info.dtype}, loaded in {engine.info.load_seconds:.1f} s")
+        print(f"  threads: {engine.info.threads}")
         gc.collect()
         measured = measure(engine, arguments.seconds)
         capacity, dtype = engine.capacity, engine.info.dtype

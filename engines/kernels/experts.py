@@ -16,7 +16,8 @@ from torch.nn import functional
 from engines.kernels import backends, reference
 from engines.kernels.cuda.scratch import counters
 from engines.kernels.elementwise import silu_mul
-from engines.kernels.linear import Fusion, PackedLinear, RmsNorm, linear, pack_linear
+from engines.kernels.linear import Fusion, PackedLinear, PackedWeight, RmsNorm, linear, pack_linear
+from engines.kernels.matrices import Matrix
 
 
 class RoutedBatch(Protocol):
@@ -87,34 +88,46 @@ class Stacks:
 class PackedExperts:
     """Routed and shared experts in the layout that ``mixture`` reads."""
 
-    gate_up: tuple[PackedLinear, ...]
-    """On the CPU, one an expert; so ``down``."""
-    down: tuple[PackedLinear, ...]
-    shared: tuple[PackedLinear, PackedLinear] | None
-    """On the CPU: gate and up, down."""
+    gate_up: tuple[PackedWeight, ...]
+    """On the CPU, and where experts are quantized: one an expert; so ``down``."""
+    down: tuple[PackedWeight, ...]
+    shared: tuple[PackedWeight, PackedWeight] | None
+    """Beside them: gate and up, down."""
     stacks: Stacks | None
-    """On a GPU: all of them."""
+    """Otherwise: all of them."""
 
 
 def pack_experts(
-    gate_up: Sequence[torch.Tensor],
-    down: Sequence[torch.Tensor],
-    shared: tuple[torch.Tensor, torch.Tensor],
+    gate_up: Sequence[Sequence[Matrix]],
+    down: Sequence[Matrix],
+    shared: tuple[Sequence[Matrix], Matrix],
     experts_per_token: int,
 ) -> PackedExperts:
-    """(2I, width) and (width, I) weights of each expert, and the same of the shared ones, which are one wider layer."""
-    if down[0].is_cpu:
-        packed = tuple(tuple(pack_linear(weight) for weight in weights) for weights in (gate_up, down))
-        return PackedExperts(packed[0], packed[1], (pack_linear(shared[0]), pack_linear(shared[1])), None)
-    counters(down[0].device)
-    shared_gate_up, shared_down = _cut_shared(*shared, inner=down[0].shape[1])
-    stacks = Stacks(
-        torch.stack([*gate_up, *shared_gate_up]),
-        torch.stack([*down, *shared_down]),
-        experts_per_token,
-        len(shared_down),
+    """(I, width) gate and up and (width, I) down of each expert, and of the shared ones, which are one wider layer."""
+    everything = [*down, shared[1], *(part for parts in (*gate_up, shared[0]) for part in parts)]
+    plain = [matrix for matrix in everything if isinstance(matrix, torch.Tensor) and not matrix.is_cpu]
+    if len(plain) < len(everything):
+        return PackedExperts(
+            tuple(pack_linear(*parts) for parts in gate_up),
+            tuple(pack_linear(matrix) for matrix in down),
+            (pack_linear(*shared[0]), pack_linear(shared[1])),
+            None,
+        )
+    counters(plain[0].device)
+    wide = [_joined(parts) for parts in (*gate_up, shared[0])]
+    return PackedExperts((), (), None, _stacks(wide, plain[: len(down) + 1], experts_per_token))
+
+
+def _joined(parts: Sequence[Matrix]) -> torch.Tensor:
+    return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
+
+
+def _stacks(gate_up: list[torch.Tensor], down: list[torch.Tensor], experts_per_token: int) -> Stacks:
+    """The shared ones' weights stand last."""
+    wide, narrow = _cut_shared(gate_up[-1], down[-1], inner=down[0].shape[1])
+    return Stacks(
+        torch.stack([*gate_up[:-1], *wide]), torch.stack([*down[:-1], *narrow]), experts_per_token, len(narrow)
     )
-    return PackedExperts((), (), None, stacks)
 
 
 def _cut_shared(gate_up: torch.Tensor, down: torch.Tensor, inner: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from engines.kernels import backends
 from engines.kernels.attention import mla_attention
 from engines.kernels.elementwise import rms_norm, rope_, write_latent
-from engines.kernels.linear import PackedLinear, linear, pack_linear
+from engines.kernels.linear import PackedLinear, linear, pack_dense
 from engines.kernels.reference import AttentionBatch
 
 MOST_EXPANDED = 32768
@@ -67,8 +67,8 @@ def pack_latent_up(weight: torch.Tensor, heads: int, nope: int) -> LatentUp:
     value = stacked.shape[1] - nope
     if not weight.is_cpu:
         return LatentUp(heads, nope, value, stacked, (), ())
-    keys = tuple(pack_linear(head[:nope].t().contiguous()) for head in stacked)
-    return LatentUp(heads, nope, value, None, keys, tuple(pack_linear(head[nope:].contiguous()) for head in stacked))
+    keys = tuple(pack_dense(head[:nope].t().contiguous()) for head in stacked)
+    return LatentUp(heads, nope, value, None, keys, tuple(pack_dense(head[nope:].contiguous()) for head in stacked))
 
 
 def latent_attention(

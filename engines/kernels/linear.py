@@ -7,13 +7,15 @@ once, everything else is composed of a plain product and the elementwise kernels
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch.nn import functional
 
 from engines.kernels import backends, elementwise
 from engines.kernels.cuda.tuning import MOST_ROWS, WEIGHT_ALIGNMENT
+from engines.kernels.matrices import Matrix, stack_rows
+from engines.kernels.quantized import QuantizedLinear, pack_quantized
 
 INVARIANT_ROWS = 8
 """Without the library, float32 products on the CPU run on a multiple of so many rows: below it BLAS picks another
@@ -60,8 +62,38 @@ class Fusion:
 PLAIN = Fusion()
 
 
-def pack_linear(weight: torch.Tensor) -> PackedLinear:
-    """(out, in) weight -> what ``linear`` takes; the caller may drop the plain weight."""
+@dataclass(frozen=True, slots=True)
+class PackedParts:
+    """Weights of different formats that share their input; their outputs stand side by side."""
+
+    parts: tuple[PackedLinear | QuantizedLinear, ...]
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+
+PackedWeight: TypeAlias = PackedLinear | QuantizedLinear | PackedParts
+
+
+def pack_linear(*parts: Matrix) -> PackedWeight:
+    """(out, in) weights that share their input -> what ``linear`` takes; the caller may drop the weights."""
+    stacked = stack_rows(list(parts))
+    if stacked is None:
+        return PackedParts(tuple(_pack_one(part) for part in parts))
+    return _pack_one(stacked)
+
+
+def _pack_one(matrix: Matrix) -> PackedLinear | QuantizedLinear:
+    return pack_dense(matrix) if isinstance(matrix, torch.Tensor) else pack_quantized(matrix)
+
+
+def pack_dense(weight: torch.Tensor) -> PackedLinear:
+    """As ``pack_linear``, of one plain weight."""
     out_features, in_features = weight.shape
     if backends.native is not None and weight.is_cpu and weight.dtype is torch.float32:
         return PackedLinear(backends.native.pack_panels(weight.contiguous()), "panels", out_features, in_features)
@@ -84,9 +116,13 @@ def _has_onednn_bfloat16() -> bool:
 
 
 def linear(
-    x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None, fusion: Fusion = PLAIN
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None, fusion: Fusion = PLAIN
 ) -> torch.Tensor:
     """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
+    if isinstance(packed, PackedParts):
+        return _side_by_side(x, packed, bias, fusion)
+    if not isinstance(packed, PackedLinear):
+        return _quantized(x, packed, bias, fusion)
     if packed.layout == "turned" and (output := _skinny(x, packed, bias, fusion)) is not None:
         return output
     if fusion.norm is not None:
@@ -95,6 +131,23 @@ def linear(
         output = torch.addmm(fusion.residual, x, packed.weight)
         return output if fusion.dtype is None else output.to(fusion.dtype)
     return compose_output(product(x, packed, bias), fusion)
+
+
+def _quantized(x: torch.Tensor, packed: QuantizedLinear, bias: torch.Tensor | None, fusion: Fusion) -> torch.Tensor:
+    output = packed.apply(x, bias, fusion)
+    if output is not None:
+        return output
+    return compose_output(packed.product(x if fusion.norm is None else fusion.norm(x), bias), fusion)
+
+
+def _side_by_side(x: torch.Tensor, packed: PackedParts, bias: torch.Tensor | None, fusion: Fusion) -> torch.Tensor:
+    x = x if fusion.norm is None else fusion.norm(x)
+    outputs, start = [], 0
+    for part in packed.parts:
+        end = start + part.out_features
+        outputs.append(linear(x, part, None if bias is None else bias[start:end]))
+        start = end
+    return compose_output(torch.cat(outputs, dim=1), fusion)
 
 
 def compose_output(output: torch.Tensor, fusion: Fusion) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engines.kernels import Fusion, LatentQueries, RmsNorm, latent_attention, pack_latent_up
+from engines.kernels import Fusion, LatentQueries, RmsNorm, dense, latent_attention, pack_latent_up
 from engines.models.batch import Batch, KvLayout, LayerCache
 from engines.models.config import DeepseekConfig
 from engines.models.experts import Experts
@@ -26,8 +26,9 @@ class LatentAttention:
         self.query_width, self.query_rank = heads * self.head_width, config.q_lora_rank or 0
         self._take_inputs(config, builder, name)
         gain = builder.tensor(f"{name}.kv_a_layernorm.weight", (config.kv_lora_rank,))
-        up_shape = (config.heads * (config.nope_dim + config.value_dim), config.kv_lora_rank)
-        up = builder.tensor(f"{name}.kv_b_proj.weight", up_shape, "out")
+        up_width = config.heads * (config.nope_dim + config.value_dim)
+        # Attention absorbs this one into queries and values, so it is applied as a plain tensor in any format.
+        up = dense(builder.matrix(f"{name}.kv_b_proj", up_width, config.kv_lora_rank, "out"), gain.dtype)
         self.shape = LatentQueries(
             up=pack_latent_up(up, heads, config.nope_dim),
             latent_gain=gain,

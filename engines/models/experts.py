@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engines.kernels import RmsNorm, Router, RoutingRule, pack_linear
+from engines.kernels import RmsNorm, Router, RoutingRule, pack_dense
 from engines.models.batch import Batch
 from engines.models.config import MoeConfig
 from engines.models.layers import ModelBuilder
@@ -31,7 +31,7 @@ class Experts:
             scale=config.scale,
             uniform_layer=uniform_layer,
         )
-        self.router = Router(pack_linear(weight), correction, rule)
+        self.router = Router(pack_dense(weight), correction, rule)
         self.products = builder.experts(name, config, hidden)
 
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:

@@ -2,42 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 
-from engines.kernels import PLAIN, Fusion, RmsNorm, Router
+from engines import kernels
+from engines.kernels import PLAIN, Fusion, Matrix, PackedExperts, PackedWeight, RmsNorm, Router
 from engines.models.batch import Batch
 from engines.models.config import MoeConfig
 from engines.protocol import EngineLoadError
-from engines.quant.base import LinearLayout, LinearPart, QuantMethod, Split, WeightSource
-from engines.quant.dense import DenseMethod, DenseWeights
-
-Method = QuantMethod[Any, Any, Any]
+from engines.quant.base import LinearLayout, LinearPart, Split, WeightSource
+from engines.quant.methods import Methods
 
 
 class Linear:
     """One linear layer in some weight format; stacked parts come out side by side."""
 
-    def __init__(self, method: Method, weights: Any) -> None:
-        self._apply = method.apply
-        self._weights = weights
+    def __init__(self, packed: PackedWeight, bias: torch.Tensor | None) -> None:
+        self._packed = packed
+        self._bias = bias
 
     def __call__(self, x: torch.Tensor, fusion: Fusion = PLAIN) -> torch.Tensor:
         """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
-        return self._apply(self._weights, x, fusion)
+        return kernels.linear(x, self._packed, self._bias, fusion)
 
 
 class ExpertProducts:
     """Routed and shared experts in some weight format."""
 
-    def __init__(self, method: Method, weights: Any) -> None:
-        self._apply = method.apply_experts
-        self._weights = weights
+    def __init__(self, packed: PackedExperts) -> None:
+        self._packed = packed
 
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, router: Router, batch: Batch) -> torch.Tensor:
         """(T, hidden) -> (T, hidden): the residual stream in and out."""
-        return self._apply(self._weights, hidden, norm, router, batch)
+        return kernels.mixture(hidden, norm, router, self._packed, batch)
+
+
+class Packing(Protocol):
+    """Brings weights into the layout in which they are applied."""
+
+    def linear(self, layout: LinearLayout, matrices: list[Matrix]) -> PackedWeight:
+        """One matrix for each part of the layout."""
+
+    def experts(
+        self,
+        layouts: list[tuple[LinearLayout, LinearLayout]],
+        gate_up: list[list[Matrix]],
+        down: list[Matrix],
+        experts_per_token: int,
+    ) -> PackedExperts:
+        """Layouts and matrices of each routed expert, and of the shared ones last: gate and up, and down."""
+
+
+class KernelPacking:
+    """The Packing of models that are served: what ``engines.kernels`` reads fastest."""
+
+    def linear(self, layout: LinearLayout, matrices: list[Matrix]) -> PackedWeight:
+        return kernels.pack_linear(*matrices)
+
+    def experts(
+        self,
+        layouts: list[tuple[LinearLayout, LinearLayout]],
+        gate_up: list[list[Matrix]],
+        down: list[Matrix],
+        experts_per_token: int,
+    ) -> PackedExperts:
+        return kernels.pack_experts(gate_up[:-1], down[:-1], (gate_up[-1], down[-1]), experts_per_token)
 
 
 class Mlp:
@@ -56,9 +86,10 @@ class Mlp:
 class ModelBuilder:
     """Makes layers out of a weight source. On the ``meta`` device it only declares them, to count their bytes."""
 
-    def __init__(self, source: WeightSource, method: Method) -> None:
+    def __init__(self, source: WeightSource, methods: Methods, packing: Packing | None = None) -> None:
         self.source = source
-        self.method = method
+        self.methods = methods
+        self.packing = packing or KernelPacking()
         self.counting = source.device.type == "meta"
 
     def share(self, count: int, what: str) -> int:
@@ -77,35 +108,59 @@ class ModelBuilder:
         """An RMS norm over ``width`` features."""
         return RmsNorm(self.tensor(name, (width,)), eps)
 
+    def matrix(self, name: str, out_features: int, in_features: int, split: Split) -> Matrix:
+        """A linear layer's weight in its format; ``name`` without ``.weight``."""
+        part = LinearPart(name, out_features)
+        return self.methods(name).create_weights(part, in_features, split, self.source)
+
     def linear(self, parts: dict[str, int], in_features: int, split: Split, bias: bool = False) -> Linear:
         """``parts``: output features by name, stacked in this order."""
-        weights = self.method.create_weights(_layout(parts, in_features, split, bias), self.source)
-        return Linear(self.method, weights if self.counting else self.method.finish(weights))
+        layout = _layout(parts, in_features, split, bias)
+        matrices, vector = self._matrices(layout), self._bias(layout)
+        return Linear(_uncounted(matrices) if self.counting else self.packing.linear(layout, matrices), vector)
+
+    def _matrices(self, layout: LinearLayout) -> list[Matrix]:
+        parts = layout.parts
+        return [self.matrix(part.name, part.out_features, layout.in_features, layout.split) for part in parts]
+
+    def _bias(self, layout: LinearLayout) -> torch.Tensor | None:
+        if not layout.bias:
+            return None
+        names = [f"{part.name}.bias" for part in layout.parts]
+        if layout.split == "in" and self.source.rank > 0:
+            # The ranks' outputs are summed, so only one of them adds the bias.
+            for name in names:
+                self.source.skip(name)
+            return None
+        split: Split = "out" if layout.split == "out" else "none"
+        sizes = [part.out_features for part in layout.parts]
+        biases = [self.source.take(name, (size,), split) for name, size in zip(names, sizes, strict=True)]
+        return biases[0] if len(biases) == 1 else torch.cat(biases)
 
     def experts(self, name: str, config: MoeConfig, hidden: int) -> ExpertProducts:
         """Routed and shared experts. Experts of other ranks are skipped."""
         share, width = self.share(config.experts, "experts"), config.intermediate
         first = self.source.rank * share
+        layouts = []
         for expert in range(config.experts):
-            if not first <= expert < first + share:
-                for part in ("gate_proj", "up_proj", "down_proj"):
-                    self.source.skip(f"{name}.experts.{expert}.{part}.weight")
-        routed = [
-            self._expert(f"{name}.experts.{expert}", hidden, width, ("none", "none"))
-            for expert in range(first, first + share)
-        ]
-        shared = self._expert(f"{name}.shared_experts", hidden, config.shared_intermediate, ("out", "in"))
-        gate_up, down = [pair[0] for pair in routed], [pair[1] for pair in routed]
-        weights = (
-            shared if self.counting else self.method.finish_experts(gate_up, down, shared, config.experts_per_token)
-        )
-        return ExpertProducts(self.method, weights)
+            layout = _expert_layouts(f"{name}.experts.{expert}", hidden, width, ("none", "none"))
+            if first <= expert < first + share:
+                layouts.append(layout)
+            else:
+                self._skip(layout)
+        shared = config.shared_intermediate
+        layouts.append(_expert_layouts(f"{name}.shared_experts", hidden, shared, ("out", "in")))
+        gate_up = [self._matrices(wide) for wide, _ in layouts]
+        down = [self._matrices(narrow)[0] for _, narrow in layouts]
+        if self.counting:
+            return ExpertProducts(PackedExperts((), (), None, None))
+        return ExpertProducts(self.packing.experts(layouts, gate_up, down, config.experts_per_token))
 
-    def _expert(self, name: str, hidden: int, width: int, splits: tuple[Split, Split]) -> tuple[Any, Any]:
-        """Raw weights of gate and up, and of down."""
-        gate_up = _layout({f"{name}.gate_proj": width, f"{name}.up_proj": width}, hidden, splits[0], bias=False)
-        down = _layout({f"{name}.down_proj": hidden}, width, splits[1], bias=False)
-        return self.method.create_weights(gate_up, self.source), self.method.create_weights(down, self.source)
+    def _skip(self, layouts: tuple[LinearLayout, LinearLayout]) -> None:
+        for layout in layouts:
+            for part in layout.parts:
+                for tensor in self.methods(part.name).tensor_names(part):
+                    self.source.skip(tensor)
 
     def mlp(self, name: str, hidden: int, intermediate: int, bias: bool = False) -> Mlp:
         gate_up = {f"{name}.gate_proj": intermediate, f"{name}.up_proj": intermediate}
@@ -116,8 +171,22 @@ class ModelBuilder:
 
     def plain(self, weight: torch.Tensor) -> Linear:
         """A linear layer without a weight format out of an (out, in) tensor."""
-        method, weights = DenseMethod(), DenseWeights(weight, None)
-        return Linear(method, weights if self.counting else method.finish(weights))
+        return Linear(_uncounted([weight]) if self.counting else kernels.pack_linear(weight), None)
+
+
+def _uncounted(matrices: list[Matrix]) -> PackedWeight:
+    """Stands for a packed weight where only bytes are counted."""
+    return kernels.PackedLinear(torch.empty(0, device="meta"), "plain", sum(m.shape[0] for m in matrices), 0)
+
+
+def _expert_layouts(
+    name: str, hidden: int, width: int, splits: tuple[Split, Split]
+) -> tuple[LinearLayout, LinearLayout]:
+    """Of gate and up, and of down."""
+    return (
+        _layout({f"{name}.gate_proj": width, f"{name}.up_proj": width}, hidden, splits[0], bias=False),
+        _layout({f"{name}.down_proj": hidden}, width, splits[1], bias=False),
+    )
 
 
 def _layout(parts: dict[str, int], in_features: int, split: Split, bias: bool) -> LinearLayout:

@@ -18,7 +18,7 @@ from engines.models.rope import cos_sin_table, table_bytes
 from engines.models.safetensors_reader import SafetensorsReader
 from engines.models.weights import CountingSource, FileSource, Placement, RandomSource, TensorReader
 from engines.protocol import EngineLoadError, EngineSpec, LoadProgress, ReportProgress
-from engines.quant.dense import DenseMethod
+from engines.quant.methods import unquantized
 
 __all__ = ["Model", "load_model"]
 
@@ -74,7 +74,7 @@ def build_model(
 
     With ``uniform_routing`` experts, if there are any, are drawn at random.
     """
-    builder = ModelBuilder(source, DenseMethod())
+    builder = ModelBuilder(source, unquantized)
     shape = (config.vocab, config.hidden)
     embedding = builder.tensor(EMBEDDING, shape)
     cos_sin = cos_sin_table(config.rope, 1 if builder.counting else positions, source.device)

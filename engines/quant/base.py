@@ -1,16 +1,18 @@
-"""What a weight format is to the models: how its weights are taken from the files, and how they are applied.
+"""What a weight format is to the models: how a layer's weights are taken from the files.
 
-A model file describes its linear layers (``LinearLayout``) and never names a format.
+A model file describes its linear layers (``LinearLayout``) and never names a format. A format is one frozen config,
+part of the manifest, and one ``QuantMethod``: it gives each layer as a ``Matrix``, which ``engines.kernels`` packs and
+applies.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import torch
 
-from engines.kernels import Fusion, RmsNorm, RoutedBatch, Router
+from engines.kernels import Matrix
 
 Split = Literal["none", "out", "in"]
 """The axis over which tensor-parallel ranks share a weight: its rows (out), its columns (in), or none: each has all.
@@ -60,29 +62,11 @@ class LinearLayout:
     bias: bool = False
 
 
-Raw = TypeVar("Raw")
-Ready = TypeVar("Ready")
-Grouped = TypeVar("Grouped")
-
-
-class QuantMethod(Protocol[Raw, Ready, Grouped]):
+class QuantMethod(Protocol):
     """One weight format."""
 
-    def create_weights(self, layout: LinearLayout, source: WeightSource) -> Raw:
-        """Take the layer's tensors from the source."""
+    def tensor_names(self, part: LinearPart) -> tuple[str, ...]:
+        """Names of the tensors that hold the part's weight, its bias apart."""
 
-    def finish(self, weights: Raw) -> Ready:
-        """Bring them into the layout that ``apply`` reads; the raw ones may then go."""
-
-    def apply(self, weights: Ready, x: torch.Tensor, fusion: Fusion) -> torch.Tensor:
-        """(T, in) -> (T, out) in x's dtype, with what ``fusion`` does before and after the product."""
-
-    def finish_experts(
-        self, gate_up: list[Raw], down: list[Raw], shared: tuple[Raw, Raw], experts_per_token: int
-    ) -> Grouped:
-        """As ``finish``, for a mixture of experts: gate and up stacked, and down, of each, and of the shared layer."""
-
-    def apply_experts(
-        self, weights: Grouped, hidden: torch.Tensor, norm: RmsNorm, router: Router, batch: RoutedBatch
-    ) -> torch.Tensor:
-        """(T, hidden) residual stream -> the stream after the expert layer."""
+    def create_weights(self, part: LinearPart, in_features: int, split: Split, source: WeightSource) -> Matrix:
+        """Take the part's weight from the source: (out, in), or this rank's share of it."""

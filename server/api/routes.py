@@ -91,7 +91,7 @@ def create_api(state: ApiState) -> FastAPI:
     app.add_middleware(TenantQuotas, state=state)
     app.add_middleware(ApiKeys, state=state)
     app.add_middleware(RequestIds)
-    app.openapi = _describe(app, sorted(state.models))  # type: ignore[method-assign]
+    app.openapi = _describe(app, state)  # type: ignore[method-assign]
     return app
 
 
@@ -137,25 +137,31 @@ def _reference(model: type) -> dict[str, str]:
     return {"$ref": f"{_COMPONENTS}{model.__name__}"}
 
 
-def _describe(app: FastAPI, models: Sequence[str]) -> Callable[[], dict[str, Any]]:
-    """The OpenAPI document, built once: FastAPI's own, with the structs and the names of the served models in it."""
+def _describe(app: FastAPI, state: ApiState) -> Callable[[], dict[str, Any]]:
+    """The OpenAPI document, built again only where a reload has changed the names of the served models."""
+    described: list[str] = []
 
     def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            targets: list[tuple[type[BaseModel], Literal["validation"]]] = [
-                (body, "validation") for body in REQUEST_BODIES
-            ]
-            bodies = models_json_schema(targets, ref_template=_COMPONENTS + "{model}")[1]["$defs"]
-            for body in REQUEST_BODIES:
-                bodies[body.__name__]["properties"]["model"]["enum"] = _model_values(body, models)
-            answers = msgspec.json.schema_components(_ANSWERS, ref_template=_COMPONENTS + "{name}")[1]
-            for operation in (each for path in schema["paths"].values() for each in path.values()):
-                operation["responses"].pop("422", None)  # FastAPI adds it; ours are 400
-            app.openapi_schema = schema | {"components": {"schemas": bodies | answers}}
+        models = sorted(state.models)
+        if app.openapi_schema is None or models != described:
+            app.openapi_schema = _document(app, models)
+            described[:] = models
         return app.openapi_schema
 
     return openapi
+
+
+def _document(app: FastAPI, models: Sequence[str]) -> dict[str, Any]:
+    """FastAPI's own document, with the structs and the names of the models in it."""
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    targets: list[tuple[type[BaseModel], Literal["validation"]]] = [(body, "validation") for body in REQUEST_BODIES]
+    bodies = models_json_schema(targets, ref_template=_COMPONENTS + "{model}")[1]["$defs"]
+    for body in REQUEST_BODIES:
+        bodies[body.__name__]["properties"]["model"]["enum"] = _model_values(body, models)
+    answers = msgspec.json.schema_components(_ANSWERS, ref_template=_COMPONENTS + "{name}")[1]
+    for operation in (each for path in schema["paths"].values() for each in path.values()):
+        operation["responses"].pop("422", None)  # FastAPI adds it; ours are 400
+    return schema | {"components": {"schemas": bodies | answers}}
 
 
 def _model_values(body: type[BaseModel], models: Sequence[str]) -> list[str | None]:

@@ -33,7 +33,7 @@ class Layer:
         self.shared = random(2 * SHARED, WIDTH), random(WIDTH, SHARED)
         self.norm = RmsNorm(torch.rand(WIDTH) + 0.5, 1e-5)
         correct = torch.rand(EXPERTS) if correction else None
-        self.router = Router(kernels.pack_linear(random(EXPERTS, WIDTH)), correct, rule)
+        self.router = Router(kernels.pack_dense(random(EXPERTS, WIDTH)), correct, rule)
 
     def stacked(self) -> PackedExperts:
         """As on a GPU."""
@@ -67,7 +67,8 @@ RULES = [
 def test_mixture(rule: RoutingRule, correction: bool, batch: Batch) -> None:
     layer, hidden = Layer(rule, correction), torch.randn(TOKENS, WIDTH)
     expected = layer.expected(hidden, batch)
-    packed = kernels.pack_experts(layer.gate_up, layer.down, layer.shared, CHOSEN)
+    gate_up = [weight.chunk(2) for weight in layer.gate_up]
+    packed = kernels.pack_experts(gate_up, layer.down, (layer.shared[0].chunk(2), layer.shared[1]), CHOSEN)
     torch.testing.assert_close(kernels.mixture(hidden, layer.norm, layer.router, packed, batch), expected)
     torch.testing.assert_close(kernels.mixture(hidden, layer.norm, layer.router, layer.stacked(), batch), expected)
 
