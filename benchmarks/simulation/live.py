@@ -13,8 +13,10 @@ import httpx
 from benchmarks.simulation.run import Outcome
 from benchmarks.simulation.workload import SimulatedRequest
 
-LEAD = 1.0
-"""Seconds before the first arrival in which the client processes get ready."""
+
+def lead(processes: int) -> float:
+    """Seconds before the first arrival in which the client processes get ready."""
+    return 1.0 + 0.5 * processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +30,28 @@ class _Share:
     began: float
     """Of the monotonic clock, which all processes of a machine share."""
     nonce: int
+    aims: bool
 
 
 def drive(
-    url: str, model: str, vocabulary: int, requests: Sequence[SimulatedRequest], *, processes: int, nonce: int
+    url: str,
+    model: str,
+    vocabulary: int,
+    requests: Sequence[SimulatedRequest],
+    *,
+    processes: int,
+    nonce: int,
+    aims: bool = True,
 ) -> list[Outcome]:
-    """Outcomes in the order of ``requests``; ``nonce`` makes prompts that no earlier drive has sent.
+    """Outcomes in the order of ``requests``; ``nonce`` makes prompts that no earlier drive has sent, and ``aims`` tells
+    the server their targets.
 
     Raises RuntimeError where the server answers with anything but a stream or a refusal.
     """
-    began = time.monotonic() + LEAD + 0.5 * processes
-    shares = [_Share(url, model, vocabulary, requests[first::processes], began, nonce) for first in range(processes)]
+    began = time.monotonic() + lead(processes)
+    shares = [
+        _Share(url, model, vocabulary, requests[first::processes], began, nonce, aims) for first in range(processes)
+    ]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         outcomes = [outcome for part in pool.map(_drive_share, shares) for outcome in part]
     return sorted(outcomes, key=lambda outcome: outcome.request.number)
@@ -84,6 +97,7 @@ def _body(share: _Share, request: SimulatedRequest) -> dict[str, object]:
     first = 10 + (share.nonce * 100_003 + request.number * 7) % (share.vocabulary - 20)
     step = 1 + request.number % 97
     targets = request.targets
+    aims = {"slo": {"ttft_ms": targets.first_token(request.prompt) * 1000, "tpot_ms": targets.tpot * 1000}}
     return {
         "model": share.model,
         "prompt": [10 + (first + step * index) % (share.vocabulary - 20) for index in range(request.prompt)],
@@ -92,5 +106,4 @@ def _body(share: _Share, request: SimulatedRequest) -> dict[str, object]:
         "ignore_eos": True,
         "stream": True,
         "priority": request.priority,
-        "slo": {"ttft_ms": targets.first_token(request.prompt) * 1000, "tpot_ms": targets.tpot * 1000},
-    }
+    } | (aims if share.aims else {})

@@ -250,6 +250,7 @@ class DynamicBatchScheduler:
                 sequences := engine.sequences.load(),
                 running=sequences.running + engine.one_shot.running,
                 waiting=sequences.waiting + engine.one_shot.waiting,
+                predicted_wait=sequences.predicted_wait + engine.one_shot.predicted_wait,
                 decisions=Counter(sequences.decisions) + Counter(engine.one_shot.decisions),
                 integrity_errors=engine.integrity_errors,
             )

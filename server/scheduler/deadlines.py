@@ -21,6 +21,8 @@ SOFT_TTFT = 1.0
 SOFT_PROMPT_RATE = 4000
 """... prompt tokens a second."""
 SOFT_TPOT = 0.05
+SOFT_LAG = 0.25
+"""Seconds that a stream without a target may fall behind: while a burst of prompts lasts, their steps are full ones."""
 STRICT = 0.97
 """Share of the TPOT target that is aimed at: what a stream loses to one slow step it can make up for."""
 IDLE_STEP = 0.25
@@ -30,8 +32,8 @@ STEP_SHARE = 0.25
 STRETCH = 2.0
 """TPOT is a mean over a stream, so one step may take this many times the target where slack allows and it saves a
 first token."""
-IN_FLIGHT = 2
-"""Launched steps behind which a prompt may arrive."""
+STEPS_TO_TOKEN = 3
+"""Steps between a prompt and its first token where nobody is before it: two that are launched already, and its own."""
 LEAST_TARGET = 1e-4
 """Shorter targets, and negative ones, count as this: out of reach, but fit to be divided by."""
 BEST_EFFORT = 1.25
@@ -56,6 +58,16 @@ class Aim:
     def pace(self) -> float:
         return self.tpot * STRICT
 
+    @property
+    def step(self) -> float:
+        """Seconds of a step at which the pace is safe: where nobody asked for it, what is lost may be made up for."""
+        return self.tpot if self.asked_tpot else self.tpot * STRETCH
+
+    @property
+    def lag(self) -> float:
+        """Seconds that its tokens may be late."""
+        return 0.0 if self.asked_tpot else SOFT_LAG
+
 
 def aim_of(item: Item, config: SchedulerConfig) -> Aim:
     """The item's own targets, else the operator's, else built-in ones."""
@@ -78,7 +90,7 @@ class Outlook:
     slack: float = math.inf
     """Least time from the step's start to the next token's deadline."""
     tpot: float = math.inf
-    """Least target."""
+    """Least target; of streams that may fall behind, what a single step may take."""
     ttft: float = math.inf
     """Least target that was asked for: the next arrival may have the same."""
     asked: bool = False
@@ -90,7 +102,7 @@ class Outlook:
         ``alone`` is the predicted time of its decodes, ``overhead`` the part of it that any step costs, ``safety`` the
         factor by which predictions may be wrong; ``tight`` tells that some first token will be late at the usual pace.
         """
-        ceiling = min(IDLE_STEP, self.ttft * STEP_SHARE, self._balanced(alone, overhead))
+        ceiling = self._ceiling(alone, overhead)
         if self.tpot == math.inf:
             return ceiling, "idle"
         usual = self.tpot / safety
@@ -102,10 +114,17 @@ class Outlook:
             return max(least, min(slack, STRETCH * usual, ceiling)), "stretch"
         return (min(usual, ceiling), "pace") if min(usual, ceiling) > least else (least, "behind")
 
+    def usual(self, alone: float, overhead: float, safety: float) -> float:
+        """What ``seconds`` gives where nobody is late."""
+        return min(self._ceiling(alone, overhead), self.tpot / safety)
+
+    def _ceiling(self, alone: float, overhead: float) -> float:
+        return min(IDLE_STEP, self.ttft * STEP_SHARE, self._balanced(alone, overhead))
+
     def _balanced(self, alone: float, overhead: float) -> float:
         """The step in which what short steps waste and what long ones make first tokens wait are equal.
 
         Of each step its ``overhead`` is lost, and of its decodes part is: they could have been put off. A first token
-        waits for two steps, which is lost to the time that its prompt has.
+        waits for several steps, which is lost to the time that its prompt has.
         """
-        return math.sqrt((alone + overhead) / 2 * self.ttft / IN_FLIGHT)
+        return math.sqrt((alone + overhead) / 2 * self.ttft / STEPS_TO_TOKEN)

@@ -1,4 +1,4 @@
-"""What one step is planned from, and the plan in the making."""
+"""A plan in the making, and what is counted meanwhile."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from engines.protocol import Admit, Capacity, Row, StepPlan
 from server.scheduler.budget import StepBudget
-from server.scheduler.deadlines import Outlook
 from server.scheduler.items import SequenceState, StepWork
+from server.scheduler.survey import Survey
 
 
 @dataclass(slots=True)
@@ -21,22 +21,6 @@ class Tally:
     prefix_hits: int = 0
     computed: int = 0
     recomputed: int = 0
-
-
-@dataclass(slots=True)
-class Survey:
-    """What the residents want of the next step."""
-
-    start: float
-    """When it begins on the device."""
-    decodes: list[SequenceState] = field(default_factory=list)
-    """By seniority."""
-    prompts: list[SequenceState] = field(default_factory=list)
-    work: StepWork = field(default_factory=StepWork)
-    """Of the decodes."""
-    alone: float = 0.0
-    """Predicted seconds of the decodes."""
-    outlook: Outlook = field(default_factory=Outlook)
 
 
 class Draft:

@@ -35,7 +35,7 @@ class Account:
         """With one more of ``free`` slots. The nameless tenant is everybody, and has no share."""
         return bool(self.tenant) and self.slots + 1 > SHARE * free
 
-    def charge(self, prompt: int, output: int = 0) -> None:
+    def charge(self, prompt: float, output: int = 0) -> None:
         self.served += (INPUT * prompt + OUTPUT * output) / self.weight
 
 

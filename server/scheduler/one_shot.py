@@ -6,82 +6,26 @@ where they are firm, so that the batch stays as large as it pays (Nexus, SOSP 20
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import heapq
+import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 
 from engines.protocol import Capacity, OneShotRow, StepPlan, StepResult
+from server.scheduler.class_shares import ClassShares
 from server.scheduler.config import SchedulerConfig
-from server.scheduler.deadlines import Aim, aim_of
+from server.scheduler.deadlines import aim_of
 from server.scheduler.drops import Dropped, overloaded, timed_out
+from server.scheduler.fairness import TenantAccounts
 from server.scheduler.items import RANKS, ItemUpdate, StepWork
 from server.scheduler.law import Law
-from server.scheduler.least_squares import LeastSquares
+from server.scheduler.one_shot_queue import BucketQueue, StepTimes, WaitingBatch
 from server.scheduler.prediction_errors import PredictionErrors
 from server.worker.wire import Item
 
 BACKLOG = 2
 """Full batches waiting, above which heads are dropped rather than batches made smaller."""
-WARM = 3
-"""Steps of a bucket before a prediction is worth anything."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Waiting:
-    item: Item
-    arrival: int
-    offered: float
-    aim: Aim
-
-    @property
-    def deadline(self) -> float:
-        return self.offered - self.item.waited + self.aim.ttft
-
-    @property
-    def expires(self) -> float:
-        return self.offered - self.item.waited + self.aim.timeout
-
-
-Entry = tuple[int, float, int, _Waiting]
-"""(rank, key, arrival, item): ordered by the first three."""
-
-
-@dataclass(slots=True)
-class _Queue:
-    """Items of one shape bucket, and how long steps of it take: a time each step and one each row."""
-
-    entries: list[Entry] = field(default_factory=list)
-    ages: dict[int, Entry] = field(default_factory=dict)
-    """The same by item, the oldest first."""
-    rows: int = 0
-    time: LeastSquares = field(default_factory=lambda: LeastSquares(2))
-    steps: int = 0
-
-    def push(self, entry: Entry) -> None:
-        insort(self.entries, entry)
-        self.ages[entry[3].item.item] = entry
-        self.rows += entry[3].item.rows
-
-    def remove(self, item: int) -> _Waiting:
-        entry = self.ages.pop(item)
-        del self.entries[bisect_left(self.entries, entry)]
-        self.rows -= entry[3].item.rows
-        return entry[3]
-
-    @property
-    def head(self) -> _Waiting:
-        return self.entries[0][3]
-
-    @property
-    def oldest(self) -> _Waiting:
-        return next(iter(self.ages.values()))[3]
-
-    def seconds(self, rows: int) -> float:
-        """Predicted time of a step; 0 where too little is known."""
-        if self.steps < WARM:
-            return 0.0
-        each, per_row = self.time.weights
-        return each + per_row * rows
 
 
 class OneShotLane:
@@ -89,26 +33,29 @@ class OneShotLane:
 
     def __init__(self, name: str, capacity: Capacity, config: SchedulerConfig, law: Law) -> None:
         self.name = name
-        self.decisions: dict[str, int] = {}
+        self.decisions: Counter[str] = Counter()
         self._capacity = capacity
         self._config = config
         self._law = law
         self._max_rows = min(capacity.max_rows, config.max_batch or capacity.max_rows)
         self._errors = PredictionErrors()
-        self._buckets: dict[int, int] = {}  # of each item that is here
-        self._queues: dict[int, _Queue] = {}  # by bucket
+        self._shares = ClassShares(law)
+        self._accounts = TenantAccounts()
+        self._expiries: list[tuple[float, int, WaitingBatch]] = []  # a heap; whoever is gone stays until its time
+        self._items: dict[int, WaitingBatch] = {}  # all that are here
+        self._queues: dict[int, BucketQueue] = {}  # by bucket
         self._in_flight: dict[int, float] = {}  # item: seconds that it waited
-        self._suspects: list[tuple[Item, float]] = []  # with the time of the offer
+        self._suspects: list[WaitingBatch] = []
         self._dropped: list[Dropped] = []
 
     def __contains__(self, item: int) -> bool:
-        return item in self._buckets
+        return item in self._items
 
     def reconfigured(self, config: SchedulerConfig, law: Law) -> OneShotLane:
         """An empty lane to go on in this one's place, with other settings and what this one has learned and counted."""
         lane = OneShotLane(self.name, self._capacity, config, law)
         lane.decisions, lane._errors = self.decisions, self._errors
-        lane._queues = {bucket: _Queue(time=queue.time, steps=queue.steps) for bucket, queue in self._queues.items()}
+        lane._queues = {bucket: BucketQueue(law, lane._shares, old.times) for bucket, old in self._queues.items()}
         return lane
 
     @property
@@ -117,7 +64,12 @@ class OneShotLane:
 
     @property
     def waiting(self) -> int:
-        return len(self._buckets) - len(self._in_flight)
+        return len(self._items) - len(self._in_flight)
+
+    @property
+    def predicted_wait(self) -> float:
+        """Seconds until an item that comes now would run, if all that waits goes before it."""
+        return sum(map(self._drain, self._queues.values()))
 
     @property
     def has_suspect(self) -> bool:
@@ -131,30 +83,48 @@ class OneShotLane:
         return None
 
     def offer(self, items: list[Item], arrival: int, now: float) -> None:
-        """Take items, none of which ``refusal`` refuses, at the places from ``arrival`` on."""
+        """Take all items of one request, none of which ``refusal`` refuses, at the places from ``arrival`` on."""
+        request = tuple(item.item for item in items)
         for index, item in enumerate(items):
-            self._buckets[item.item] = item.bucket
-            if item.suspect:
-                self._suspects.append((item, now))
-                continue
-            waiting = _Waiting(item, arrival + index, now, aim_of(item, self._config))
             rank = RANKS[item.priority] if self._law.priorities else 0
-            key = waiting.deadline if self._law.deadline_order else 0.0
-            self._queues.setdefault(item.bucket, _Queue()).push((rank, key, waiting.arrival, waiting))
+            account = self._accounts.enter(item.tenant, item.weight, now)
+            aim = aim_of(item, self._config)
+            one = WaitingBatch(item, arrival + index, now, aim, rank, account, request)
+            self._items[item.item] = one
+            if item.suspect:
+                self._suspects.append(one)
+                continue
+            self._queue_of(item).push(one)
+            if one.expires < math.inf:
+                heapq.heappush(self._expiries, (one.expires, one.arrival, one))
+
+    def _queue_of(self, item: Item) -> BucketQueue:
+        queue = self._queues.get(item.bucket)
+        if queue is None:
+            queue = self._queues[item.bucket] = BucketQueue(self._law, self._shares, StepTimes())
+        return queue
 
     def cancel(self, item: int) -> None:
         """Forget an item, if it is here; what a step in flight gives for it is dropped."""
-        bucket = self._buckets.pop(item, None)
-        if bucket is None or self._in_flight.pop(item, None) is not None:
+        one = self._items.get(item)
+        if one is not None:
+            self._forget(one)
+
+    def _forget(self, one: WaitingBatch) -> None:
+        item = one.item.item
+        del self._items[item]
+        self._accounts.leave(one.account)
+        if self._in_flight.pop(item, None) is not None:
             return
-        if bucket in self._queues and item in self._queues[bucket].ages:
-            self._queues[bucket].remove(item)
+        queue = self._queue_of(one.item)
+        if item in queue:
+            queue.remove(item)
         else:
-            self._suspects = [one for one in self._suspects if one[0].item != item]
+            self._suspects.remove(one)
 
     def drain(self) -> list[int]:
         """Forget all items and return their ids."""
-        items = list(self._buckets)
+        items = list(self._items)
         for item in items:
             self.cancel(item)
         return items
@@ -166,97 +136,126 @@ class OneShotLane:
 
     def due(self) -> float | None:
         """When the first batch that waits for company stops waiting; None where nothing waits."""
-        return min((self._ready_at(queue) for queue in self._queues.values() if queue.entries), default=None)
+        return min((self._ready_at(queue) for queue in self._queues.values() if len(queue)), default=None)
 
     def plan(self, step: int, now: float, start: float, capacity: Capacity) -> tuple[StepPlan, StepWork] | None:
         """The ready batch whose head comes first: one that cannot grow, or whose head must go now."""
         self._drop_late(now, start)
         ready = []
         for queue in self._queues.values():
-            if queue.entries:
-                batch, full = self._batch(queue, start)
-                if full or now >= self._ready_at(queue):
-                    ready.append((queue.entries[0], queue, batch))
+            if len(queue):
+                batch, bound = self._batch(queue, now, start)
+                if bound or now >= self._ready_at(queue):
+                    ready.append((queue.precedence(batch[0], now), queue, batch, bound))
         if not ready:
             return None
-        _, queue, batch = min(ready, key=lambda one: one[0][:3])
+        _, queue, batch, bound = min(ready, key=lambda one: one[0])
+        self.decisions[f"batch bound by {bound or 'what waits'}"] += 1
+        rows = sum(one.item.rows for one in batch)
         for one in batch:
+            if one.rank and self._shares.starved(one.rank):
+                self.decisions["admitted by its class's floor"] += 1
             queue.remove(one.item.item)
+            self._shares.served(one.rank, one.item.rows)
+            one.account.charge(queue.times.seconds(rows) * one.item.rows / rows)
             self._in_flight[one.item.item] = now - one.offered
-        return self._step(step, [one.item for one in batch], queue)
+        return self._step(step, batch, queue)
 
     def plan_alone(self, step: int, now: float, capacity: Capacity) -> tuple[StepPlan, StepWork] | None:
         """A step of the first suspect and of no other item."""
         if not self._suspects:
             return None
-        item, offered = self._suspects.pop(0)
-        self._in_flight[item.item] = now - offered
-        return self._step(step, [item], self._queues.setdefault(item.bucket, _Queue()))
+        one = self._suspects.pop(0)
+        self._in_flight[one.item.item] = now - one.offered
+        return self._step(step, [one], self._queue_of(one.item))
 
-    def _step(self, step: int, items: list[Item], queue: _Queue) -> tuple[StepPlan, StepWork]:
+    def _step(self, step: int, batch: list[WaitingBatch], queue: BucketQueue) -> tuple[StepPlan, StepWork]:
+        items = (one.item for one in batch)
         rows = tuple(OneShotRow(item=item.item, bucket=item.bucket, rows=item.rows) for item in items)
         total = sum(row.rows for row in rows)
-        return StepPlan(step=step, engine=self.name, one_shot=rows), StepWork(rows=total, seconds=queue.seconds(total))
+        work = StepWork(rows=total, seconds=queue.times.seconds(total))
+        return StepPlan(step=step, engine=self.name, one_shot=rows), work
 
     def settle(self, plan: StepPlan, work: StepWork, result: StepResult, now: float) -> list[ItemUpdate]:
         """Each item of the step ends with its output."""
         updates = []
         for row, given in zip(plan.one_shot, result.rows, strict=True):
-            waited = self._in_flight.pop(row.item, None)
+            waited = self._in_flight.get(row.item)
             if waited is not None:
-                del self._buckets[row.item]
+                self._forget(self._items[row.item])
                 updates.append(ItemUpdate(item=row.item, end="stop", queue_seconds=waited, output=given.output))
         queue = self._queues.get(plan.one_shot[0].bucket)
         if queue is not None and result.seconds > 0 and not result.irregular:
             if work.seconds:
                 self._errors.add(work.seconds, result.seconds)
-            queue.time.observe((1.0, float(work.rows)), result.seconds)
-            queue.steps += 1
+            queue.times.observe(work.rows, result.seconds)
         return updates
 
     # --- deadlines
 
-    def _ready_at(self, queue: _Queue) -> float:
-        """A batch waits for company while nobody has waited too long and the head's slack allows it."""
-        slack_ends = queue.head.deadline - queue.seconds(queue.rows) * self._errors.safety
+    def _ready_at(self, queue: BucketQueue) -> float:
+        """A batch waits for company while nobody has waited too long and the earliest deadline allows it."""
+        slack_ends = queue.earliest_deadline - queue.times.seconds(queue.rows) * self._errors.safety
         return max(queue.oldest.offered, min(queue.oldest.offered + self._config.max_delay, slack_ends))
 
-    def _batch(self, queue: _Queue, start: float) -> tuple[list[_Waiting], bool]:
-        """What one step would take from the queue, and whether it is full: no later arrival could join it.
+    def _batch(self, queue: BucketQueue, now: float, start: float) -> tuple[list[WaitingBatch], str]:
+        """What one step would take from the queue, and what keeps later arrivals out of it; empty where nothing does.
 
-        As many as fit with which the head is in time, or, where it is late anyway, as many as fit.
+        As many as fit with which all of them are in time that can be.
         """
-        in_time = (queue.head.deadline - start) / self._errors.safety
-        bound = self._law.budget == "slack" and queue.seconds(queue.head.item.rows) <= in_time
-        batch: list[_Waiting] = []
+        seconds = queue.times.seconds
+        least = math.inf
+        batch: list[WaitingBatch] = []
         rows = 0
-        for *_, one in queue.entries:
+        for one in queue.ordered(now):
             more = rows + one.item.rows
-            if more > self._max_rows or (bound and queue.seconds(more) > in_time):
-                return batch, True
+            if more > self._max_rows:
+                return batch, "its size"
+            if self._law.budget == "slack":
+                in_time = (one.deadline - start) / self._errors.safety
+                if seconds(one.item.rows) <= in_time:
+                    least = min(least, in_time)
+                if batch and seconds(more) > least:
+                    return batch, "a deadline"
             batch.append(one)
             rows = more
-        return batch, rows == self._max_rows
+        return batch, "its size" if rows == self._max_rows else ""
 
     def _drop_late(self, now: float, start: float) -> None:
+        while self._expiries and self._expiries[0][0] <= now:
+            one = heapq.heappop(self._expiries)[2]
+            if self._items.get(one.item.item) is one:
+                self._drop(one, timed_out, "client's time ran out")
+        if not self._law.late_drop:
+            return
         for queue in self._queues.values():
-            while queue.entries:
-                head = queue.head
-                rows = self._max_rows if queue.rows > BACKLOG * self._max_rows else head.item.rows
-                takes = queue.seconds(rows) * self._errors.safety
-                alone = queue.seconds(head.item.rows) * self._errors.safety
-                if head.expires <= now:
-                    self._drop(queue, head, timed_out)
-                elif self._law.late_drop and head.aim.firm and head.deadline < start + takes and alone < head.aim.ttft:
-                    drain = queue.seconds(self._max_rows) * queue.rows / self._max_rows
-                    self._drop(queue, head, lambda items, drain=drain: overloaded(items, drain))  # type: ignore[misc]
-                else:
-                    break
+            drain = self._drain(queue)
+            while late := [one for one in queue.heads() if self._late(one, queue, start)]:
+                for one in late:
+                    self._drop(one, partial(overloaded, drain=drain), "dropped late")
 
-    def _drop(self, queue: _Queue, one: _Waiting, ending: Callable[[list[int]], Dropped]) -> None:
-        item = one.item.item
-        queue.remove(item)
-        del self._buckets[item]
-        self._dropped.append(dropped := ending([item]))
-        reason = "client's time ran out" if dropped.kind == "timeout" else "dropped late"
-        self.decisions[reason] = self.decisions.get(reason, 0) + 1
+    def _drain(self, queue: BucketQueue) -> float:
+        """Seconds to work the queue off in full batches."""
+        return queue.times.seconds(self._max_rows) * queue.rows / self._max_rows
+
+    def _late(self, one: WaitingBatch, queue: BucketQueue, start: float) -> bool:
+        """It cannot be in time, and its target is in reach: nobody else here, it would be."""
+        if not one.aim.firm or not self._droppable(one):
+            return False
+        rows = self._max_rows if queue.rows > BACKLOG * self._max_rows else one.item.rows
+        takes = queue.times.seconds(rows) * self._errors.safety
+        alone = queue.times.seconds(one.item.rows) * self._errors.safety
+        return one.deadline < start + takes and alone < one.aim.ttft
+
+    def _droppable(self, one: WaitingBatch) -> bool:
+        """All items of its request still wait: they are refused together or not at all."""
+        queued = (self._items.get(item) for item in one.request)
+        return all(each is not None and each.item.item in self._queue_of(each.item) for each in queued)
+
+    def _drop(self, one: WaitingBatch, ending: Callable[[list[int]], Dropped], reason: str) -> None:
+        if not self._droppable(one):
+            return
+        self._dropped.append(ending(list(one.request)))
+        self.decisions[reason] += len(one.request)
+        for item in one.request:
+            self._forget(self._items[item])

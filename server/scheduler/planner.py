@@ -8,13 +8,14 @@ import math
 from engines.protocol import Row
 from server.scheduler.aimd import AimdBudget
 from server.scheduler.budget import MIN_CHUNK, SOFT_CHUNK, StepBudget
-from server.scheduler.draft import Draft, Survey, Tally
+from server.scheduler.draft import Draft, Tally
 from server.scheduler.fairness import TenantAccounts
 from server.scheduler.items import SequenceState, StepWork
 from server.scheduler.lateness import PromptPace
 from server.scheduler.law import Law
 from server.scheduler.residents import Residents
 from server.scheduler.step_time import StepTimeModel, add_row
+from server.scheduler.survey import Survey, survey_of
 from server.scheduler.waiting import WaitingQueue
 
 AT_RISK = 0.5
@@ -51,32 +52,14 @@ class Planner:
 
     def survey(self, start: float) -> Survey:
         """``start`` is when the next step begins on the device."""
-        survey = Survey(start)
-        decodes, outlook = survey.decodes, survey.outlook
-        pairs = 0
-        least = math.inf
-        for state in self._residents:
-            pending = min(len(state.tokens) + state.in_flight, state.goal) - state.computed
-            if pending == 0 or state.suspect:
-                continue
-            if pending > 1 or (not state.paced_tokens and not state.in_flight):
-                survey.prompts.append(state)
-                continue
-            decodes.append(state)
-            pairs += state.computed + 1
-            aim = state.aim
-            least = min(least, state.due())
-            outlook.tpot = min(outlook.tpot, aim.tpot)
-            outlook.asked = outlook.asked or aim.asked_tpot
-            if aim.asked_ttft:
-                outlook.ttft = min(outlook.ttft, aim.ttft)
-        outlook.slack = least - start
-        survey.work = StepWork(rows=len(decodes), tokens=len(decodes), decode_pairs=pairs)
-        survey.alone = self._model.predict(survey.work)
-        return survey
+        return survey_of(self._residents, self._model, start)
 
     def pace(self, survey: Survey, start: float) -> PromptPace:
-        return PromptPace.beside(start, survey.alone, survey.outlook.tpot, self._model.safety)
+        model = self._model
+        step = survey.alone + model.added(self._max_tokens, 0.0)
+        if self._law.budget == "slack":
+            step = min(step, survey.outlook.usual(survey.alone, model.overhead, model.safety))
+        return PromptPace(start, survey.alone, max(step, survey.alone), model.safety, model.bias)
 
     def plan(self, survey: Survey, now: float, tight: bool) -> Draft | None:
         """The next step's rows; None where nothing can be computed before a step in flight is settled."""
@@ -133,7 +116,7 @@ class Planner:
 
     def _tell_unreachable(self, survey: Survey) -> None:
         outlook = survey.outlook
-        if outlook.asked and self._model.warm and survey.alone > outlook.tpot:
+        if outlook.asked and self._model.sure and survey.alone > outlook.tpot:
             self.tally.decisions["tpot out of reach"] += 1
             self.say(
                 "tpot",

@@ -32,6 +32,12 @@ class PredictionErrors:
         count = len(self._sorted)
         return min(max(self._sorted[int(0.9 * count)], least), most) if count else least
 
+    @property
+    def bias(self) -> float:
+        """Running median of actual over predicted time, at least 1: what many steps together are off."""
+        count = len(self._sorted)
+        return min(max(self._sorted[count // 2], 1.0), SAFETY[1]) if count else 1.0
+
     def quantiles(self) -> tuple[float, float]:
         """Median and 95th percentile of the relative error; 0 before there are any."""
         errors = sorted(abs(ratio - 1) for ratio in self._ratios)

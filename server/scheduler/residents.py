@@ -109,10 +109,16 @@ class Residents:
         """Residents grow until they end: half of what they still need together, and some for chance."""
         growth = 0.0
         for state in self._states:
-            output = state.limit - state.item.prompt_length
-            typical = output / 2 if self._typical_output is None else min(output, self._typical_output)
-            growth += max(0.0, state.item.prompt_length + typical - state.known)
+            growth += max(0.0, state.item.prompt_length + self._expected_output(state) - state.known)
         return int(growth / 2 / self._block_size + self._reserve * len(self._states))
+
+    def _expected_output(self, state: SequenceState) -> float:
+        output = state.limit - state.item.prompt_length
+        return output / 2 if self._typical_output is None else min(output, self._typical_output)
+
+    def typical_output(self) -> float:
+        """Tokens that a resident should have given when it ends, on average; 0 of none."""
+        return sum(map(self._expected_output, self._states)) / max(1, len(self._states))
 
     def ended(self, output: int) -> None:
         """An item ended after so many output tokens."""

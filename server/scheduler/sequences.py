@@ -15,30 +15,23 @@ What this file promises the engine, beside what ``block_pool`` does:
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
-
-from engines.protocol import Capacity, End, Row, RowResult, StepPlan, StepResult
-from server.scheduler.block_pool import root_hash
+from engines.protocol import Capacity, Row, RowResult, StepPlan, StepResult
 from server.scheduler.config import SchedulerConfig
-from server.scheduler.deadlines import aim_of
 from server.scheduler.draft import Tally
-from server.scheduler.drops import Dropped, Expiries, overloaded, timed_out
+from server.scheduler.drops import Dropped
 from server.scheduler.fairness import TenantAccounts
-from server.scheduler.items import RANKS, ItemUpdate, SequenceState, StepWork
-from server.scheduler.lateness import WALK, Lateness, PromptPace, prompt_seconds, walk
+from server.scheduler.intake import Intake
+from server.scheduler.items import ItemUpdate, SequenceState, StepWork
+from server.scheduler.late_drop import LateDrop
+from server.scheduler.lateness import PromptPace
 from server.scheduler.law import Law
 from server.scheduler.planner import Planner
+from server.scheduler.predicted_wait import predicted_wait
 from server.scheduler.residents import Residents
 from server.scheduler.step_time import StepTimeModel
 from server.scheduler.waiting import WaitingQueue
 from server.worker.wire import EngineLoad, Item
 
-ENDS = 64
-"""Ends of items whose rate is remembered."""
-UNHURRIED = 3.0
-"""Times what it takes alone that a prompt is given whose target is out of reach: it must not make others late, too."""
 FORGIVEN = 20
 """A stream that is this many tokens behind its pace, or a second, has lost its target: it is served on, but no longer
 held up against those that have not."""
@@ -68,15 +61,14 @@ class SequenceLane:
         # Each resident must find room for one token in every step, or decodes would starve each other.
         max_rows = min(capacity.max_rows, config.max_batch or capacity.max_rows, max_tokens)
         self._residents = Residents(capacity, max_rows, config.prefix_cache)
+        self._intake = Intake(capacity, fingerprint, config, law)
         self._waiting = WaitingQueue(law)
         self._suspects: list[SequenceState] = []  # the first of them runs, alone
         self._accounts = TenantAccounts()
         self._planner = Planner(law, self._residents, self._waiting, self._accounts, self.step_time, tally, max_tokens)
-        self._expiries = Expiries()
-        self._dropped: list[Dropped] = []
-        self._ends: deque[float] = deque(maxlen=ENDS)
+        self._drops = LateDrop(self._waiting, self.step_time, self._planner, self._forget)
         self._items: dict[int, SequenceState] = {}
-        self._pace = PromptPace(0.0, 0.0, 1.0, 1.0)
+        self._pace = PromptPace(0.0, 0.0, 1.0)
 
     def __contains__(self, item: int) -> bool:
         return item in self._items
@@ -90,15 +82,7 @@ class SequenceLane:
 
     def refusal(self, item: Item) -> str | None:
         """Why this item can never run here, in words for the client; None where it can."""
-        if not 0 < item.prompt_length <= len(item.tokens):
-            return "the prompt is empty"
-        most = self._capacity.max_model_len
-        if max(item.prompt_length + min(item.max_tokens, 1), len(item.tokens)) > most:
-            return f"the prompt has {item.prompt_length} tokens, too many for a context of {most} with its answer"
-        room = self._residents.pool.total * self._capacity.block_size
-        if len(item.tokens) > room:
-            return f"the prompt has {len(item.tokens)} tokens, and the KV cache holds {room}"
-        return None
+        return self._intake.refusal(item)
 
     def offer(self, items: list[Item], arrival: int, now: float) -> None:
         """Take all items of one request, none of which ``refusal`` refuses, at the places from ``arrival`` on."""
@@ -106,7 +90,7 @@ class SequenceLane:
         for state in states:
             state.request = states
             self._items[state.item.item] = state
-            self._expiries.watch(state)
+            self._drops.watch(state)
         leader, *siblings = states
         shared_blocks = (leader.item.prompt_length - 1) // self._capacity.block_size
         if any(item.suspect for item in items):
@@ -122,19 +106,7 @@ class SequenceLane:
                 self._waiting.push(state)
 
     def _state_of(self, item: Item, arrival: int, now: float) -> SequenceState:
-        asked = item.prompt_length + item.max_tokens
-        limit = min(asked, self._capacity.max_model_len)
-        # An item alone in the pool can compute this many tokens and draw one more. Known at the start, so that it ends
-        # like any other and is never stuck for blocks that do not exist.
-        room = self._residents.pool.total * self._capacity.block_size + 1
-        end: End = "length" if limit <= room else "error"
-        root = root_hash(self._fingerprint, item.cache_salt)
-        aim = aim_of(item, self._config)
-        account = self._accounts.enter(item.tenant, item.weight, now)
-        rank = RANKS[item.priority] if self._law.priorities else 1
-        state = SequenceState(
-            item, arrival, now, min(limit, room), end, root, self._capacity.block_size, aim, account, rank
-        )
+        state = self._intake.state_of(item, arrival, now, self._accounts.enter(item.tenant, item.weight, now))
         state.known_hit = self._residents.findable(state)
         return state
 
@@ -163,8 +135,7 @@ class SequenceLane:
 
     def dropped(self) -> list[Dropped]:
         """Items that ``plan`` dropped since the last call."""
-        dropped, self._dropped = self._dropped, []
-        return dropped
+        return self._drops.told()
 
     # --- plan
 
@@ -180,15 +151,13 @@ class SequenceLane:
         """
         if not self._items:
             return None
-        for state in self._expiries.expired(now):
-            self._drop(state, timed_out, "client's time ran out")
+        self._drops.expire(now)
         self._planner.make_way(now)
         survey = self._planner.survey(start)
         self._pace = self._planner.pace(survey, start)
-        lateness = self._look_ahead(survey.prompts)
-        if lateness.late:
-            survey.prompts = [state for state in survey.prompts if not state.gone]
-        draft = self._planner.plan(survey, now, lateness.tight)
+        tight = self._law.late_drop and self._drops.look_ahead(survey.prompts, self._pace)
+        survey.prompts = [state for state in survey.prompts if not state.gone]
+        draft = self._planner.plan(survey, now, tight)
         return None if draft is None else self._finish(draft.planned, draft.plan(step, self.name, capacity), draft.work)
 
     def plan_alone(self, step: int, now: float, capacity: Capacity) -> tuple[StepPlan, StepWork] | None:
@@ -205,41 +174,6 @@ class SequenceLane:
         for state in planned:
             self._commit(state)
         return plan, work
-
-    def _look_ahead(self, prompts: list[SequenceState]) -> Lateness:
-        if not self._law.late_drop or not self.step_time.sure:
-            return Lateness([])
-        lateness = walk(self._waiting.ordered(prompts, WALK), self._pace, self.step_time)
-        for state in lateness.late:
-            if not state.gone and not self._hopeless(state):
-                self._drop(state, partial(overloaded, drain=lateness.seconds), "dropped late")
-        return lateness
-
-    def _drop(self, state: SequenceState, ending: Callable[[list[int]], Dropped], reason: str) -> None:
-        """With all items of its request, or not at all where one of them has had a token or is about to have one."""
-        request = [one for one in state.request if not one.gone]
-        if any(one.started or one.in_flight for one in request):
-            return
-        self._planner.tally.decisions[reason] += len(request)
-        self._dropped.append(ending([one.item.item for one in request]))
-        for one in request:
-            self._forget(one)
-
-    def _hopeless(self, state: SequenceState) -> bool:
-        """Its target is out of reach even with nobody else here: it is served as fast as it goes."""
-        model = self.step_time
-        alone = prompt_seconds(state, model) + model.predict(StepWork())
-        if alone <= state.aim.ttft:
-            return False
-        state.firm = False
-        self._waiting.postpone(state, state.arrived + UNHURRIED * alone)
-        self._planner.tally.decisions["ttft out of reach"] += 1
-        self._planner.say(
-            "ttft",
-            f"a prompt of {state.item.prompt_length} tokens alone takes {alone:.3g} s here, more than the target of "
-            f"{state.aim.ttft:.3g} s to the first token: such prompts are served as fast as it goes",
-        )
-        return True
 
     # --- settle
 
@@ -280,7 +214,6 @@ class SequenceLane:
                 state.computed = len(state.tokens) - 1
         update = state.update(first_index, given, taken, end) if taken or end else None
         if end:
-            self._ends.append(now)
             self._residents.ended(len(state.tokens) - state.item.prompt_length)
             if self._law.budget == "aimd":
                 self._planner.aimd.observe_stream(state, now)
@@ -333,7 +266,9 @@ class SequenceLane:
             prefix_queries=tally.prefix_queries,
             prefix_hits=tally.prefix_hits,
             integrity_errors=0,
-            predicted_wait=self._predicted_wait(waiting),
+            predicted_wait=predicted_wait(
+                waiting, self._residents, self._planner.slots_are_short, self._pace, self.step_time
+            ),
             prompt_token_seconds=self.step_time.added(1, 0.0) / self._pace.share,
             recomputed_tokens=tally.recomputed,
             computed_tokens=tally.computed,
@@ -341,16 +276,6 @@ class SequenceLane:
             step_error_p50=p50,
             step_error_p95=p95,
         )
-
-    def _predicted_wait(self, waiting: Sequence[SequenceState]) -> float:
-        """All prompts of now have to be computed first, and where all slots are taken, streams have to end."""
-        prompts = [*waiting, *(state for state in self._residents if not state.paced_tokens)]
-        work = sum(prompt_seconds(state, self.step_time) for state in prompts) / self._pace.share
-        waits = self._residents.full or self._planner.slots_are_short
-        if not waits or len(self._ends) < 2 or self._ends[-1] <= self._ends[0]:
-            return work + self._pace.alone
-        ending = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        return max(work + self._pace.alone, (len(waiting) + 1) * ending)
 
     def integrity(self, in_flight: list[StepPlan]) -> list[str]:
         """Recount blocks, slots and tokens in flight; one text for each contradiction."""

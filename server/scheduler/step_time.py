@@ -38,6 +38,9 @@ ROUNDS = 3
 """A long context lifts even a small step off the floor, so samples are assigned again by what was fitted."""
 EARNED = 1.25
 """How much worse the fit without a floor, or with the floor of now, must be before another one is taken."""
+FLOOR_REACH = 2
+"""The floor is taken to rise up to so many times the most rows that were seen on it. A slope that was learned from few
+rows is mostly noise, and says nothing of a hundred."""
 FIRST_SEARCH = 16
 """Observations before the knee is looked for; again at each doubling."""
 
@@ -92,6 +95,11 @@ class StepTimeModel:
     def safety(self) -> float:
         """Factor that makes a prediction safe."""
         return self.errors.safety
+
+    @property
+    def bias(self) -> float:
+        """Factor that makes a prediction of many steps right."""
+        return self.errors.bias
 
     def seed(self, samples: Sequence[StepSample]) -> None:
         """Start from steps that the engine measured at load; coefficients stay within 0.2 to 5 times of these."""
@@ -191,6 +199,7 @@ class _Machine:
     def __init__(self) -> None:
         self._floor = LeastSquares(2)
         self._work = LeastSquares(5)
+        self._floor_rows = 0  # most that were seen on it
         self._refresh()
 
     def _refresh(self) -> None:
@@ -201,7 +210,7 @@ class _Machine:
         self.decode_pair, self.prompt_pair = decode_pair * PAIRS, prompt_pair * PAIRS
 
     def floor_of(self, rows: int) -> float:
-        return self.floor + self.floor_row * rows
+        return self.floor + self.floor_row * min(rows, FLOOR_REACH * self._floor_rows)
 
     def work_of(self, work: StepWork) -> float:
         return (
@@ -221,6 +230,7 @@ class _Machine:
     def observe(self, work: StepWork, seconds: float, on_floor: bool | None = None) -> None:
         if self.on_floor(work) if on_floor is None else on_floor:
             self._floor.observe((1.0, work.rows * UNIT), seconds)
+            self._floor_rows = max(self._floor_rows, work.rows)
         else:
             pairs = work.decode_pairs * PAIRS, work.prompt_pairs * PAIRS
             self._work.observe((1.0, work.tokens * UNIT, work.rows * UNIT, *pairs), seconds)

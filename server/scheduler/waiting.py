@@ -14,19 +14,10 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from server.scheduler.class_shares import CLASSES, ClassShares
 from server.scheduler.fairness import Account
 from server.scheduler.items import Group, SequenceState
 from server.scheduler.law import Law
-
-CLASSES = 3
-AGEING = 10.0
-"""Seconds of waiting after which an item counts for the class above."""
-FLOOR = 0.05
-"""Least share of prompt tokens of a class that waits."""
-QUANTUM = 64
-"""Prompt tokens that a class must lack before its floor counts: it gets a turn now and then, not a race."""
-WINDOW = 100_000
-"""Prompt tokens over which that share is taken."""
 
 Entry = tuple[float, int, SequenceState]
 """(key, arrival, state): ordered by the key, never by the state."""
@@ -107,8 +98,7 @@ class WaitingQueue:
     def __init__(self, law: Law) -> None:
         self._law = law
         self._classes = [_ClassQueue(law) for _ in range(CLASSES)]
-        self._served = [0.0] * CLASSES
-        self._waiting = [0] * CLASSES
+        self._shares = ClassShares(law)
         self._queued: set[SequenceState] = set()
 
     def __len__(self) -> int:
@@ -118,17 +108,13 @@ class WaitingQueue:
         return state in self._queued
 
     def push(self, state: SequenceState) -> None:
-        rank = state.rank
-        if not self._waiting[rank]:
-            # A class that was away has no claim on the share that it did not use.
-            self._served[rank] = max(self._served[rank], FLOOR * sum(self._served))
-        self._waiting[rank] += 1
+        self._shares.came(state.rank)
         self._queued.add(state)
-        self._classes[rank].push(state)
+        self._classes[state.rank].push(state)
 
     def remove(self, state: SequenceState) -> None:
         """It got a slot, or is gone."""
-        self._waiting[state.rank] -= 1
+        self._shares.left(state.rank)
         self._queued.remove(state)
         self._classes[state.rank].remove(state)
 
@@ -148,7 +134,7 @@ class WaitingQueue:
         """
         best: tuple[Precedence, SequenceState] | None = None
         for rank in range(CLASSES):
-            if self._waiting[rank]:
+            if self._shares.waits(rank):
                 state = self._classes[rank].head(free)
                 if state is None:
                     continue
@@ -162,31 +148,25 @@ class WaitingQueue:
         key = state.deadline if self._law.deadline_order else 0.0
         if not self._law.priorities:
             return 0, 0.0, key, state.arrival
-        rank = state.rank
-        if self.starved(rank):
-            rank = -1
-        elif rank and now - state.arrived > AGEING:
-            rank = max(0, rank - int((now - state.arrived) / AGEING))
+        rank = self._shares.present_rank(state.rank, now - state.arrived)
         if state.started or state.preempted:
             return rank, -math.inf, key, state.arrival
         return rank, state.account.served if self._law.fairness else 0.0, key, state.arrival
 
     def starved(self, rank: int) -> bool:
         """The class waits and had less than its floor."""
-        return self._waiting[rank] > 0 and self._served[rank] + QUANTUM < FLOOR * sum(self._served)
+        return self._shares.starved(rank)
 
     def served(self, rank: int, tokens: int) -> None:
         """Prompt tokens of this class are in a step now."""
-        self._served[rank] += tokens
-        if sum(self._served) > WINDOW:
-            self._served = [tokens / 2 for tokens in self._served]
+        self._shares.served(rank, tokens)
 
     def ordered(self, placed: Sequence[SequenceState], limit: int) -> Iterator[SequenceState]:
         """The first ``limit`` of the waiting items and of ``placed``, prompts in the making, as they will be served."""
         ranks = (
             queue.ordered([state for state in placed if state.rank == rank])
             for rank, queue in enumerate(self._classes)
-            if self._waiting[rank] or any(state.rank == rank for state in placed)
+            if self._shares.waits(rank) or any(state.rank == rank for state in placed)
         )
         return islice((state for rank in ranks for state in rank), limit)
 

@@ -181,7 +181,7 @@ class TestConfigure:
     def test_what_was_learned_and_counted_stays(self) -> None:
         rig = self.loaded()
         before, last = rig.load(), rig.plans[-1].step
-        predicted = rig.scheduler._engines["m"].one_shot._queues[0].seconds(2)
+        predicted = rig.scheduler._engines["m"].one_shot._queues[0].times.seconds(2)
         assert predicted > 0
         rig.scheduler.configure(SchedulerConfig(max_batch=1))
         after = rig.load()
@@ -204,7 +204,7 @@ class TestConfigure:
         assert rig.load().running == 0
         assert max(len(plan.rows) for plan in rig.plans if plan.step > last) == 1
         assert rig.load().computed_tokens > before.computed_tokens
-        assert rig.scheduler._engines["m"].one_shot._queues[0].seconds(2) == predicted
+        assert rig.scheduler._engines["m"].one_shot._queues[0].times.seconds(2) == predicted
         rig.check()
 
     def test_another_policy_holds_from_then_on(self) -> None:

@@ -42,19 +42,29 @@ def firm(rig: Rig, length: int, ttft: float, **fields: Any) -> int:
 
 
 class TestOverload:
-    def test_those_that_cannot_be_in_time_are_dropped_at_once(self) -> None:
+    def test_those_that_surely_cannot_be_in_time_are_dropped_at_once(self) -> None:
         rig = trained(SchedulerConfig(prefix_cache=False))
         # A tenth of a second each, and half a second for all of them.
         items = [firm(rig, 1000, 0.5) for _ in range(20)]
         rig.must_launch()
         dropped = [item for one in rig.dropped for item in one.items]
-        assert dropped == items[4:]
+        assert dropped == items[6:]
         assert {one.kind for one in rig.dropped} == {"overload"}
         rig.run()
         rig.check_all()
         assert all(stream.tokens for stream in rig.streams.values() if not stream.dropped)
         assert rig.load().decisions["dropped late"] == 16
         assert rig.load().decisions["first token in time"] == 4
+
+    def test_whoever_may_still_be_in_time_takes_the_place_of_one_that_leaves(self) -> None:
+        rig = trained(SchedulerConfig(prefix_cache=False))
+        items = [firm(rig, 1000, 0.5) for _ in range(6)]
+        rig.must_launch()
+        rig.cancel(items[3])
+        rig.run()
+        assert [one.items for one in rig.dropped] == [[items[5]]]
+        assert rig.load().decisions["first token in time"] == 4
+        rig.check_all()
 
     def test_admitted_items_are_in_time_and_the_machine_stays_busy(self) -> None:
         rig = trained(SchedulerConfig(prefix_cache=False))
@@ -234,10 +244,27 @@ class TestPredictedWait:
 
     def test_where_slots_are_short_it_counts_the_streams_that_have_to_end(self) -> None:
         rig = trained(SchedulerConfig(max_batch=4))
-        for number in range(40):
+        for number in range(100):
             rig.offer(rig.item([number] * 10, max_tokens=50))
-        for _ in range(260):
+        for _ in range(800):
             rig.tick()
+        load = rig.load()
+        began = rig.now
+        last = rig.item([4], max_tokens=1)
+        rig.offer(last)
+        while not rig.streams[last.item].tokens:
+            rig.tick()
+        assert load.predicted_wait == pytest.approx(rig.now - began, rel=0.3)
+
+    def test_a_surge_after_a_calm_is_judged_by_the_pace_of_now(self) -> None:
+        rig = trained(SchedulerConfig(max_batch=4))
+        for number in range(60):
+            rig.offer(rig.item([number] * 10, max_tokens=50))
+            rig.run()
+            rig.now += 5.0
+        for number in range(20):
+            rig.offer(rig.item([number] * 10, max_tokens=50))
+        rig.tick()
         load = rig.load()
         began = rig.now
         last = rig.item([4], max_tokens=1)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from engines.protocol import Capacity
+from server.scheduler.class_shares import AGEING, FLOOR
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.fairness import MAX_IDLE, TenantAccounts
 from server.scheduler.law import Law
-from server.scheduler.waiting import AGEING, FLOOR
 from server.worker.wire import Item
 from tests.unit.scheduler.rig import Rig, with_capacity
 

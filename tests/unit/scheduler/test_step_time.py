@@ -9,6 +9,7 @@ import pytest
 from engines.protocol import StepSample
 from server.scheduler.items import StepWork
 from server.scheduler.least_squares import REACH, LeastSquares
+from server.scheduler.prediction_errors import PredictionErrors
 from server.scheduler.step_time import PATIENCE, SURE, StepTimeModel, add_row, attended_pairs
 
 Machine = Callable[[StepWork], float]
@@ -229,3 +230,28 @@ def test_errors_are_of_predictions_made_before_the_step() -> None:
     assert 0.015 < median < 0.035
     assert median < worst < 0.08
     assert StepTimeModel().errors.quantiles() == (0.0, 0.0)
+
+
+def test_the_bias_is_what_many_steps_together_are_off() -> None:
+    assert StepTimeModel().bias == 1.0
+    noisy = train(StepTimeModel(), linear, 400, noise=0.2)
+    assert 1.0 <= noisy.bias < 1.05 < noisy.safety
+    errors = PredictionErrors()
+    for _ in range(10):
+        errors.add(0.01, 0.013)
+    assert errors.bias == errors.safety == pytest.approx(1.3)
+
+
+def test_the_slope_of_a_floor_that_few_rows_showed_is_not_believed_for_many() -> None:
+    chance = random.Random(1)
+    model = StepTimeModel()
+    for turn in range(60):
+        # Decodes of one to three rows on a floor of 2 ms, a little slower with more rows by chance; some prompts.
+        work = StepWork()
+        rows = 1 + turn % 3
+        for _ in range(rows):
+            add_row(work, 100, 1 if turn % 4 else 700)
+        seconds = max(0.002, 0.001 + 6e-6 * work.tokens) * chance.uniform(0.97, 1.03) * (1 + 0.03 * rows)
+        model.observe(work, seconds)
+    many = StepWork(rows=128, tokens=128, decode_pairs=128 * 100.0)
+    assert model.predict(many) == pytest.approx(0.0025, rel=0.3)
