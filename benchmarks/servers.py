@@ -23,6 +23,12 @@ class Server:
     name: str
     url: str
     process: subprocess.Popen[bytes]
+    log: Path
+    """What it prints."""
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
 
 def free_port() -> int:
@@ -53,7 +59,7 @@ def running(
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{name} did not start:\n{log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.2)
-        yield Server(name, url, process)
+        yield Server(name, url, process, log)
     finally:
         process.terminate()
         try:

@@ -1,6 +1,6 @@
 """Measures how long steps take on this machine and writes the coefficients that the batching simulator runs on.
 
-    python -m benchmarks.step_times --config r1-1.5b --output h100_r1-1.5b        (a GPU, random weights)
+    python -m benchmarks.step_times --config r1-1.5b --output h200_r1-1.5b        (a GPU, random weights)
     python -m benchmarks.step_times --model smollm2-135m --threads 1 --output cpu_smollm2
 
 A grid of tokens, rows and contexts goes through the real engine, two steps in flight as the worker keeps them, in a

@@ -114,6 +114,8 @@ class WorkerLoop:
         began = self._clock()
         updates = self._scheduler.settle(result, began)
         seconds = ticket.plan_seconds + self._clock() - began
+        if not result.irregular:
+            _log_step(self._scheduler.settled_work, result.seconds)
         self._steps += 1
         self._send(ticket.plan, updates, _stats(self._scheduler.settled_work, result.seconds, seconds))
         self._record.settled(ticket.plan.step)
@@ -232,6 +234,12 @@ class WorkerLoop:
         while not pause.wait(REPORT_EVERY / 2):
             with self._mailbox.lock:
                 self._report_when_due()
+
+
+def _log_step(work: StepWork, seconds: float) -> None:
+    """For those who study step times: ``benchmarks/served_steps.py`` reads these lines."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("step: %s", msgspec.json.encode({"took": seconds, "work": work}).decode())
 
 
 def _stats(work: StepWork, seconds: float, plan_seconds: float) -> StepStats:
