@@ -147,6 +147,8 @@ def main() -> None:
     rows = {"alone": asdict(alone), "flooded": asdict(flooded)}
     path = report.write(arguments.output, {"machine": facts, "load": vars(arguments), "ratio": ratio, **rows})
     print(f"written to {path.relative_to(report.ROOT)}")
+    if ratio > BAR:
+        raise SystemExit("the bar is missed")
 
 
 if __name__ == "__main__":

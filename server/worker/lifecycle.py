@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
@@ -16,7 +17,7 @@ from server.worker.channel import Channel
 from server.worker.engine_status import EnginePhase, EngineStatus, WorkerSettings
 from server.worker.flight_record import FlightRecord
 from server.worker.process import STOP_TIMEOUT, RuntimeFolder, WorkerProcess
-from server.worker.watch import Backoff, Watchdog
+from server.worker.watch import Backoff, Cause, Fault, Watchdog
 from server.worker.wire import (
     Configure,
     FromWorker,
@@ -34,6 +35,9 @@ from server.worker.wire import (
 )
 
 log = logging.getLogger(__name__)
+
+KILL_PATIENCE = 15.0
+"""Seconds after which a killed process should have gone. A driver that hangs can keep it for ever."""
 
 
 class WorkerOwner(Protocol):
@@ -54,8 +58,8 @@ class WorkerOwner(Protocol):
     def lost(self, worker: Worker, launched: Collection[int]) -> None:
         """The process is gone; it had launched steps with these items and not settled them."""
 
-    def restarted(self, worker: Worker) -> None:
-        """A process was started in place of a lost one."""
+    def restarted(self, worker: Worker, cause: Cause) -> None:
+        """A process was started in place of one that was lost because of this."""
 
 
 class Worker:
@@ -79,16 +83,21 @@ class Worker:
         self._incarnation = 0
         self._backoff = Backoff(settings.max_restarts)
         self._process: WorkerProcess | None = None
+        self._killed_at: float | None = None
         self._channel: Channel | None = None
         self._watchdog = self._new_watchdog()
-        self._fault: asyncio.Event = asyncio.Event()
-        self._fault_reason = ""
+        self._interrupt = asyncio.Event()
+        self._fault: Fault | None = None
         self._stopping = False
         self._greeted = False
 
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
+
+    def stuck(self, now: float) -> bool:
+        """Its process was killed and does not go, so that no other can take its place."""
+        return self._killed_at is not None and now - self._killed_at > KILL_PATIENCE
 
     def serves(self, engine: str, version: int) -> bool:
         status = self.engines.get(engine)
@@ -147,7 +156,7 @@ class Worker:
         """Ask it to exit and kill it when it does not. ``run`` returns afterwards. Idempotent."""
         self._stopping = True
         if self._process is None or self._channel is None:
-            self._fault.set()
+            self._interrupt.set()
             return
         try:
             self._channel.send(Stop())
@@ -157,32 +166,33 @@ class Worker:
 
     async def run(self) -> None:
         while not self._stopping:
-            reason = await self._live()
+            fault = await self._live()
             if self._stopping or not self._open_engines():
                 return
             pause = self._backoff.failed()
             if pause is None:
-                log.error("worker %d is given up: %s", self.index, reason)
+                log.error("worker %d is given up: %s", self.index, fault.text)
                 self._set_all("failed", "its worker process keeps failing and was given up")
                 return
             when = f"in {pause:.1f} s" if pause else "at once"
-            log.error("worker %d died: %s; it starts again %s", self.index, reason, when)
+            log.error("worker %d died: %s; it starts again %s", self.index, fault.text, when)
             if not await self._sleep(pause):
-                self._owner.restarted(self)
+                self._owner.restarted(self, fault.cause)
 
     async def _sleep(self, seconds: float) -> bool:
         """True when ``stop`` was called meanwhile."""
-        self._fault.clear()
+        self._interrupt.clear()
         try:
-            await asyncio.wait_for(self._fault.wait(), seconds)
+            await asyncio.wait_for(self._interrupt.wait(), seconds)
         except TimeoutError:
             return False
         return True
 
-    async def _live(self) -> str:
+    async def _live(self) -> Fault:
         """One process from its start to its end; the reason of the end."""
         self._incarnation += 1
-        self._fault.clear()
+        self._interrupt.clear()
+        self._fault = None
         self._watchdog = self._new_watchdog()
         address = self._folder.address(self.index, self._incarnation)
         record = FlightRecord.create()
@@ -193,7 +203,7 @@ class Worker:
             )
             return await self._watch(self._process)
         except (OSError, zmq.ZMQError) as error:
-            return f"it cannot be started: {error}"
+            return Fault("died", f"it cannot be started: {error}")
         finally:
             await self._bury(record)
 
@@ -209,26 +219,28 @@ class Worker:
         self._owner.lost(self, record.items())
         record.close()
         if self._process is not None:
-            await self._process.end()
-            self._process = None
+            self._killed_at = self._clock()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.end(), KILL_PATIENCE if self._stopping else None)
+            self._process = self._killed_at = None
 
-    async def _watch(self, process: WorkerProcess) -> str:
+    async def _watch(self, process: WorkerProcess) -> Fault:
         tick = min(1.0, self._settings.step_timeout / 8)
         exited = asyncio.ensure_future(process.wait())
-        fault = asyncio.ensure_future(self._fault.wait())
+        interrupt = asyncio.ensure_future(self._interrupt.wait())
         try:
             while True:
-                await asyncio.wait({exited, fault}, timeout=tick, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({exited, interrupt}, timeout=tick, return_when=asyncio.FIRST_COMPLETED)
                 if exited.done():
-                    return exited.result()
-                if fault.done():
-                    return self._fault_reason
+                    return Fault("died", exited.result())
+                if interrupt.done():
+                    return self._fault or Fault("died", "the server stops")
                 stuck = self._watchdog.verdict(self._clock(), tick)
                 if stuck is not None:
                     return stuck
         finally:
             exited.cancel()
-            fault.cancel()
+            interrupt.cancel()
 
     # --- messages
 
@@ -286,8 +298,8 @@ class Worker:
             self._end_process("no engine is left")
 
     def _end_process(self, reason: str) -> None:
-        self._fault_reason = reason
-        self._fault.set()
+        self._fault = Fault("broken", reason)
+        self._interrupt.set()
 
     # --- state
 

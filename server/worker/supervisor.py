@@ -17,11 +17,12 @@ from server.metrics import Metrics
 from server.requests import Reply, Request
 from server.worker.delivery import Delivery, ending_of
 from server.worker.engine_status import EngineStatus, WorkerSettings
-from server.worker.lifecycle import Worker
+from server.worker.lifecycle import KILL_PATIENCE, Worker
 from server.worker.places import Place, Places
 from server.worker.process import RuntimeFolder
 from server.worker.rollout import Devices, Rollout
 from server.worker.router import Router
+from server.worker.watch import Cause
 from server.worker.wire import LoadReport, Refused, StepOutputs
 
 log = logging.getLogger(__name__)
@@ -100,10 +101,11 @@ class Supervisor:
             reply.fail(error)
 
     async def stop(self) -> None:
-        """End all processes and remove the sockets. Idempotent."""
+        """End all processes and remove the sockets. Idempotent. A process that cannot be killed is left behind."""
         self.drain()
         await asyncio.gather(*(worker.stop() for worker in self._tasks))
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        lives = asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.wait({lives}, timeout=KILL_PATIENCE)
         self._folder.remove()
 
     def kill(self) -> None:
@@ -166,6 +168,12 @@ class Supervisor:
     def replicas(self, model: str) -> int:
         """Workers that serve the model now."""
         return sum(worker.serves(model, self._rollout.version(model)) for worker in self._serving(model))
+
+    @property
+    def progresses(self) -> bool:
+        """Each worker works, or is being replaced; False where only a new start of everything could help."""
+        now = self._clock()
+        return not any(worker.stuck(now) for worker in self._workers.values())
 
     @property
     def open_replies(self) -> int:
@@ -256,8 +264,8 @@ class Supervisor:
             self._metrics.replayed(model, len(replies))
         self._router.offer_waiting()
 
-    def restarted(self, worker: Worker) -> None:
-        self._metrics.worker_restarted(worker.index)
+    def restarted(self, worker: Worker, cause: Cause) -> None:
+        self._metrics.worker_restarted(worker.index, cause)
 
     def engine_changed(self, worker: Worker, status: EngineStatus) -> None:
         name = status.spec.name

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from server.worker.wire import LoadReport
 
 SECOND_PAUSE = 0.5
@@ -9,6 +12,19 @@ LONGEST_PAUSE = 30.0
 """Seconds of back-off. The first restart after a settled step does not wait: streams do."""
 START_PATIENCE = 60.0
 """Seconds that a process may say nothing while it starts or loads: importing large libraries stops all its threads."""
+
+
+Cause = Literal["died", "silent", "no_step", "load_timeout", "broken"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a worker process is at its end."""
+
+    cause: Cause
+    """Label of the counter of restarts. ``broken``: what it says or does makes no sense."""
+    text: str
+    """For the log."""
 
 
 class Watchdog:
@@ -49,7 +65,7 @@ class Watchdog:
         """A load began or ended; ``unfinished`` when one is still to come."""
         self._loading_since = now if unfinished else None
 
-    def verdict(self, now: float, tick: float) -> str | None:
+    def verdict(self, now: float, tick: float) -> Fault | None:
         """Why the worker is stuck, or None. Called every ``tick`` seconds."""
         if now - self._looked_at > 3 * tick + 1:
             # This process itself stood still and has not read what came meanwhile: the silence is its own.
@@ -58,11 +74,11 @@ class Watchdog:
         # The next look would be too late to find it within the time.
         due = now + tick
         if due - self._heard_at > self._silence:
-            return f"it said nothing for {now - self._heard_at:.1f} s"
+            return Fault("silent", f"it said nothing for {now - self._heard_at:.1f} s")
         if self._busy and due - self._progress_at > self._step_timeout:
-            return f"it settled no step for {now - self._progress_at:.1f} s"
+            return Fault("no_step", f"it settled no step for {now - self._progress_at:.1f} s")
         if self._loading_since is not None and now - self._loading_since > self._load_timeout:
-            return f"the load took more than {self._load_timeout:.0f} s"
+            return Fault("load_timeout", f"the load took more than {self._load_timeout:.0f} s")
         return None
 
     @property

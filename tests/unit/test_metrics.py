@@ -186,7 +186,7 @@ def test_counters_grow_on_over_a_restart_of_the_worker() -> None:
     metrics.load_report(0, report(1, engine_load(preemptions=5)))
     metrics.load_report(0, report(1, engine_load(preemptions=7)))
     metrics.worker_gone(0)
-    metrics.worker_restarted(0)
+    metrics.worker_restarted(0, "died")
     metrics.load_report(0, report(2, engine_load(preemptions=2)))
     assert value(metrics, "preemptions_total", model="m") == 9
     assert value(metrics, "prefix_hit_tokens_total", model="m") == 45
@@ -203,6 +203,6 @@ def test_a_step_is_observed() -> None:
 
 def test_two_servers_in_one_process_do_not_share_numbers() -> None:
     first, second = make(), make()
-    first.worker_restarted(0)
-    assert value(first, "worker_restarts_total", worker="worker-0") == 1
+    first.worker_restarted(0, "silent")
+    assert value(first, "worker_restarts_total", worker="worker-0", cause="silent") == 1
     assert "worker-0" not in second.render().decode()
