@@ -1,6 +1,6 @@
 """Attention of one layer on a GPU: microseconds, bytes and operations per second of each kind of step.
 
-    python -m benchmarks.attention_speed [--sweep] [--models r1-1.5b r1-7b] [--seconds 55]
+    python -m benchmarks.attention_speed [--sweep] [--models r1-1.5b r1-7b] [--seconds 55] [--kv-dtype fp8]
 
 Random queries over random paged caches; every case rotates over so many caches that none is found in the L2 cache,
 inside one CUDA graph. Decode bytes are those of the cached keys and values, read once; prefill operations are those
@@ -25,12 +25,13 @@ import torch
 
 from benchmarks import report
 from benchmarks.model_configs import CONFIGS
-from engines.kernels import Fusion, GroupedQueries, PackedLinear, linear, pack_linear, rope_write_kv
+from engines.kernels import Fusion, GroupedQueries, PackedLinear, linear, pack_dense, rope_write_kv
 from engines.kernels.attention import grouped_query_attention
 from engines.kernels.cuda import decode_attention, prefill_attention
+from engines.kernels.reference import quantize
 from engines.models.batch import Batch
 
-Cache = tuple[torch.Tensor, torch.Tensor]
+Cache = tuple[torch.Tensor, ...]
 Facts = dict[str, object]
 
 BLOCK_SIZE = 16
@@ -42,7 +43,7 @@ DECODES = [(rows, context) for context in (600, 2048) for rows in (1, 8, 32, 64,
 PREFILLS = [((2048,) * 4, 0, 0), ((512,) * 16, 0, 0), ((512,), 1536, 0), ((512,), 512, 64), ((128,), 0, 32)]
 """Counts of new tokens of each prompt, their cached tokens, and decode rows of 600 tokens beside them."""
 DECODE_TILES = [(32, 2), (32, 4), (64, 4), (64, 8), (128, 8)]
-"""Keys, warps."""
+"""Keys, warps; two warps over an fp8 cache are a line with an error (``choose_fp8_tile``)."""
 PREFILL_TILES = [(128, 64, 8, 5), (128, 64, 8, 7), (64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3)]
 """Pairs, keys, warps, stages."""
 
@@ -53,6 +54,20 @@ class Heads:
     queries: int
     keys: int
     width: int = 128
+    fp8: bool = False
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one cached token's keys and values."""
+        return 2 * self.keys * self.width * (1 if self.fp8 else 2)
+
+    def cache(self, blocks: int) -> Cache:
+        """Random keys and values, and in fp8 their scales."""
+        pair = [torch.randn(blocks, BLOCK_SIZE, self.keys, self.width, device="cuda") for _ in range(2)]
+        if not self.fp8:
+            return tuple(tensor.bfloat16() for tensor in pair)
+        scales = torch.full((2, self.keys), 2.0**-4, device="cuda")
+        return *(quantize(tensor, scales[0][:, None]) for tensor in pair), scales
 
     def shape(self) -> GroupedQueries:
         angles = torch.rand(BOUND, self.width // 2, device="cuda") * 6
@@ -97,15 +112,8 @@ def make_case(heads: Heads, counts: list[int], contexts: list[int], captured: bo
         longest_context=BOUND if captured else max(contexts),
         table_rows=torch.arange(len(counts), dtype=torch.int32, device="cuda") if captured else None,
     )
-    cache_shape = (blocks, BLOCK_SIZE, heads.keys, heads.width)
-    size = 4 * blocks * BLOCK_SIZE * heads.keys * heads.width
-    caches = [
-        (
-            torch.randn(cache_shape, device="cuda", dtype=torch.bfloat16),
-            torch.randn(cache_shape, device="cuda", dtype=torch.bfloat16),
-        )
-        for _ in range(max(2, min(400, ROTATED_BYTES // size)))
-    ]
+    size = blocks * BLOCK_SIZE * heads.token_bytes
+    caches = [heads.cache(blocks) for _ in range(max(2, min(400, ROTATED_BYTES // size)))]
     columns = (heads.queries + 2 * heads.keys) * heads.width
     qkv = torch.randn(sum(counts), columns, device="cuda", dtype=torch.bfloat16)
     hidden = qkv[:, : heads.queries * heads.width].contiguous()
@@ -151,7 +159,7 @@ def decode_lines(heads: Heads, sweep: bool) -> Iterator[Facts]:
     for rows, context in DECODES:
         case = make_case(heads, [1] * rows, [context] * rows, captured=True)
         facts: Facts = {"model": heads.model, "kind": "decode", "rows": rows, "context": context}
-        moved = 4 * rows * context * heads.keys * heads.width
+        moved = rows * context * heads.token_bytes
         yield timed(case, partial(run_layer, case), facts, "chosen", moved)
         yield timed(case, partial(run_decode, case, None, None), facts, "chosen, none started early", moved)
         for early in (True, False):
@@ -172,7 +180,7 @@ def layer_weights(heads: Heads) -> tuple[PackedLinear, PackedLinear]:
     width = heads.queries * heads.width
     qkv = torch.randn(width + 2 * heads.keys * heads.width, width, device="cuda", dtype=torch.bfloat16)
     output = torch.randn(width, width, device="cuda", dtype=torch.bfloat16)
-    return pack_linear(qkv / width**0.5), pack_linear(output / width**0.5)
+    return pack_dense(qkv / width**0.5), pack_dense(output / width**0.5)
 
 
 def run_between(case: Case, weights: Iterator[tuple[PackedLinear, PackedLinear]], early: bool, cache: Cache) -> None:
@@ -238,13 +246,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["r1-1.5b", "r1-7b"], default=["r1-1.5b", "r1-7b"])
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--kv-dtype", choices=["bfloat16", "fp8"], default="bfloat16")
     parser.add_argument("--seconds", type=float, default=55, help="no case is begun later than this")
     arguments = parser.parse_args()
     started, lines = time.perf_counter(), []
-    print(f"# attention of one layer, bf16: {torch.cuda.get_device_name()}, commit {report.commit()}", flush=True)
+    fp8 = arguments.kv_dtype == "fp8"
+    how = f"bf16 over a {arguments.kv_dtype} cache"
+    print(f"# attention of one layer, {how}: {torch.cuda.get_device_name()}, commit {report.commit()}", flush=True)
     for model, measure in itertools.product(arguments.models, (decode_lines, prefill_lines)):
         config = CONFIGS[model]
-        heads = Heads(model, config["num_attention_heads"], config["num_key_value_heads"])
+        heads = Heads(model, config["num_attention_heads"], config["num_key_value_heads"], fp8=fp8)
         for line in measure(heads, arguments.sweep):
             lines.append(line)
             print("  ".join(f"{value}" for value in line.values()), flush=True)
@@ -253,8 +264,9 @@ def main() -> None:
                 break
     folder = Path(os.environ.get("OUT", report.RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"device": torch.cuda.get_device_name(), "commit": report.commit(), "lines": lines}
-    (folder / "attention_speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    facts = {"device": torch.cuda.get_device_name(), "commit": report.commit(), "kv_dtype": arguments.kv_dtype}
+    result = {**facts, "lines": lines}
+    (folder / f"attention_speed{'_fp8' if fp8 else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Each repeat sends fresh prompts of 128 random words to one server after the othe
 output tokens a request, ignoring EOS, greedy, streamed; prefill counts into the time. One client process. The
 prefix cache cannot help: prompts are fresh, and reported hits are asserted to be 0. llama.cpp runs in every
 combination of Q4_1, Q8_0, Q4_0 and 1 or 2 threads; the best one at each number of streams is the peer, and those far
-from it are asked only once.
+from it are asked only once. Ours serves the same files, their blocks kept, and what ``--folders`` names besides.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from engines.gguf_header import read_gguf_header
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 128
 LLAMA_FORMATS = ("Q4_1", "Q8_0", "Q4_0")
+OUR_SETTINGS = ("Q4_1-float32-float32", "Q4_1-float32-bfloat16", "Q8_0-float32-bfloat16", "Q4_0-float32-bfloat16")
 HOPELESS = 0.7
 """A llama.cpp server below this share of the best one's first repeat is not asked again at that number of streams."""
 
@@ -162,11 +163,14 @@ def start_llama(stack: contextlib.ExitStack, binary: Path, model: Path, name: st
     return stack.enter_context(running(name, command, port, "/health", env=env, log=log))
 
 
-def start_ours(stack: contextlib.ExitStack, model: Path, dtype: str, logs: Path) -> Server:
+def start_ours(stack: contextlib.ExitStack, model: Path, name: str, logs: Path) -> Server:
+    """``name`` ends in the dtypes of activations and KV, as in ``Q4_1-float32-bfloat16``."""
     port = free_port()
-    command = slimserve("serve", str(model), "--port", str(port), "--dtype", dtype, "--served-model-name", "smollm2")
-    command += ["--max-batch", "32", "--device", "cpu"]
-    return stack.enter_context(running(f"slimserve {dtype}", command, port, "/health/ready", log=logs / f"{dtype}.log"))
+    _, dtype, kv_dtype = name.rsplit("-", 2)
+    command = slimserve("serve", str(model), "--port", str(port), "--served-model-name", "smollm2", "--max-batch", "32")
+    command += ["--device", "cpu", "--dtype", dtype, "--kv-dtype", kv_dtype]
+    log = logs / f"{name}.log"
+    return stack.enter_context(running(f"slimserve {name}", command, port, "/health/ready", log=log))
 
 
 def measure_transformers(model: Path, stream_counts: Sequence[int], repeats: int) -> dict[str, Figures]:
@@ -207,12 +211,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Figures]:
     randomness = random.Random(arguments.seed)
     figures: dict[str, Figures] = {}
     with contextlib.ExitStack() as stack:
-        servers = [start_ours(stack, arguments.model, dtype, folder) for dtype in arguments.dtypes]
-        for target_format in LLAMA_FORMATS:
-            path = requantized(arguments.model, target_format, folder)
-            for threads in (1, 2):
-                name = f"llama.cpp {target_format} {threads}t"
-                servers.append(start_llama(stack, arguments.llama_server, path, name, threads, folder))
+        files = {kind: requantized(arguments.model, kind, folder) for kind in LLAMA_FORMATS}
+        ours = {name: files[name.split("-")[0]] for name in arguments.ours}
+        ours |= {f"{path.name}-float32-bfloat16": path for path in arguments.folders}
+        servers = [start_ours(stack, path, name, folder) for name, path in ours.items()]
+        for setting in arguments.llama:
+            kind, threads = setting.split("-")
+            name = f"llama.cpp {kind} {threads}t"
+            servers.append(start_llama(stack, arguments.llama_server, files[kind], name, int(threads), folder))
         for server in servers:
             asyncio.run(tokens_per_second(server, fresh_prompts(arguments.model, 2, randomness)))
         for repeat in range(arguments.repeats):
@@ -231,7 +237,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-server", type=Path, required=True, help="llama.cpp's server, libraries beside it")
     parser.add_argument("--model", type=Path, help="SmolLM2 Q4_1 GGUF; default: the catalogue's")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--ours", nargs="*", default=list(OUR_SETTINGS), help="file type, dtype and KV dtype of each")
+    parser.add_argument("--folders", nargs="*", type=Path, default=[], help="engine folders, in float32 with 16-bit KV")
+    parser.add_argument(
+        "--llama", nargs="+", default=[f"{kind}-{threads}" for kind in LLAMA_FORMATS for threads in (1, 2)]
+    )
+    parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
@@ -249,7 +260,8 @@ def main() -> None:
     print(f"  seed: {arguments.seed}")
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(arguments, Path(folder))
-    figures |= measure_transformers(arguments.model, arguments.streams, arguments.repeats)
+    if not arguments.no_transformers:
+        figures |= measure_transformers(arguments.model, arguments.streams, arguments.repeats)
     llama = [name for name in figures if name.startswith("llama.cpp")]
     peers = {count: max(llama, key=lambda name: figures[name].median(count)) for count in arguments.streams}
     print_table(figures, arguments.streams, peers)

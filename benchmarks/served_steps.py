@@ -4,8 +4,8 @@
     python -m benchmarks.served_steps --device cuda --config r1-1.5b
 
 An engine alone (``benchmarks.step_times``) is faster than one whose machine also runs the API process and the clients:
-on two cores by up to a tenth. So the real server logs its steps under mixed traffic, and the costs are fitted to those. Host
-and gap stay those that were measured alone. Seeds of the traffic are not those that ``benchmarks.live_check`` uses.
+on two cores by up to a tenth. So the real server logs its steps under mixed traffic, and the costs are fitted to
+those. Host and gap stay those that were measured alone. The traffic is none that ``benchmarks.live_check`` sends.
 """
 
 from __future__ import annotations

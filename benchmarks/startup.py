@@ -69,9 +69,16 @@ class _Names(CountingSource):
         super().__init__(Placement(device=torch.device("meta"), dtype=torch.bfloat16))
         self.shapes: dict[str, tuple[int, ...]] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        split: Split,
+        dtype: torch.dtype | None = None,
+        invented: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         self.shapes[name] = shape
-        return super().take(name, shape, split, dtype)
+        return super().take(name, shape, split, dtype, invented)
 
 
 def write_model(parent: Path, model: str) -> Path:

@@ -19,6 +19,7 @@ import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ import torch
 from benchmarks import report
 from benchmarks.floors import read_bandwidth
 from benchmarks.tuned_layers import DTYPE, EPS, LAYERS, Inputs, Layer, microseconds
-from engines.kernels.cuda import compiled_folder
+from engines.kernels.cuda.binary_cache import choose_folder
 from engines.kernels.cuda.tuning import (
     BUCKETS,
     TABLES,
@@ -66,33 +67,14 @@ class Found:
 def compile_one(machine: Machine, layer: Layer, rows: int, config: SkinnyConfig) -> str:
     """In a process of its own, which has no GPU; returns what went wrong."""
     try:
-        from triton.backends.compiler import GPUTarget
-        from triton.runtime import driver
-
+        from engines.kernels.cuda.compile_pool import compile_for
         from engines.kernels.cuda.skinny import compile_skinny
 
-        major, minor = machine.capability
-        driver.set_active(_Target(GPUTarget("cuda", 10 * major + minor, 32)))
+        compile_for(machine.capability)
         compile_skinny(layer.shape, rows, config, machine, layer.bias, layer.residual, DTYPE, layer.output_dtype)
     except Exception as error:  # noqa: BLE001 - one failure must not end the search
         return f"{config}: {type(error).__name__}: {error}"[:300]
     return ""
-
-
-class _Target:
-    """Of Triton's driver what compiling asks for."""
-
-    def __init__(self, target: object) -> None:
-        self._target = target
-
-    def get_current_target(self) -> object:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 class Tuner:
@@ -265,9 +247,9 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=16, help="configurations by layer and rows (%(default)s)")
     parser.add_argument("--install", action="store_true", help="also put the table beside the kernels")
     arguments = parser.parse_args()
-    os.environ.setdefault("TRITON_CACHE_DIR", str(compiled_folder()))
     begun = time.monotonic()
     machine = machine_of(0)
+    choose_folder(version("triton"), machine.name, machine.capability)
     layers = [layer for layer in LAYERS if layer.model in arguments.models]
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(max(1, cores - 1), multiprocessing.get_context("spawn")) as compilers:

@@ -200,7 +200,7 @@ class Application:
         states = tuple(self._model_state(name) for name in self._state.models)
         usable = [state for state in states if state.state != "failed"]
         ready = bool(usable) and all(state.state == "ready" for state in usable)
-        return ReadyState(live=True, ready=ready and not self._draining, models=states)
+        return ReadyState(live=self._supervisor.progresses, ready=ready and not self._draining, models=states)
 
     def _model_state(self, name: str) -> ModelState:
         status = self._supervisor.status(name)

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import msgspec
 
+from engines.engine_folder import FILE_NAME, read_engine_record
+from engines.protocol import EngineLoadError
 from server.downloads import fetch_hub, fetch_wheel
 from server.errors import CommandFailed, UsageError
+from server.quality import describe, read_quality
 from server.sources import CATALOG, HubSource, Report, WheelSource, source_of
 
-MARKER = "slimserve.json"
+MARKER = ".pulled.json"
 
 
 class PulledFile(msgspec.Struct, frozen=True):
@@ -44,6 +47,8 @@ class Listed:
     source: str
     size: int
     path: Path
+    quality: str
+    """In a few words, empty where nothing is known."""
 
 
 def cache_home() -> Path:
@@ -110,7 +115,13 @@ class Catalog:
     def list(self) -> list[Listed]:
         folders = sorted(self._models.glob("[!.]*")) if self._models.is_dir() else []
         return [
-            Listed(marker.name, marker.source, sum(file.size for file in marker.files), folder / marker.serve)
+            Listed(
+                marker.name,
+                marker.source,
+                sum(file.size for file in marker.files),
+                folder / marker.serve,
+                _quality(folder / marker.serve),
+            )
             for folder in folders
             if (marker := _read_marker(folder)) is not None
         ]
@@ -146,6 +157,27 @@ class Catalog:
                 report("waiting for another pull", 0, 0)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def describe_folder(folder: Path) -> Listed:
+    """An engine folder anywhere on this machine. Raises CommandFailed for something else."""
+    try:
+        record = read_engine_record(folder)
+    except EngineLoadError as error:
+        raise CommandFailed(f"{folder.name}: {error}") from error
+    if record is None:
+        raise CommandFailed(f"{folder} is no engine folder: it has no {FILE_NAME}")
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return Listed(folder.absolute().name, f"made of {record.base}", size, folder, describe(record.quality))
+
+
+def _quality(path: Path) -> str:
+    """A model whose record cannot be read is listed all the same; to serve it says what is wrong."""
+    try:
+        quality = read_quality(path)
+    except EngineLoadError:
+        return ""
+    return "" if quality is None else describe(quality)
 
 
 def _read_marker(folder: Path) -> PulledModel | None:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from engines.protocol import EngineLoadError
-from server import tenant_commands
+from server import compress_command, evaluate_command, tenant_commands
 from server.bench.command import bench
 from server.errors import SlimserveError, UsageError
 
@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 app.add_typer(tenant_commands.app, name="tenants")
 app.add_typer(bench, name="bench")
+app.command(epilog=compress_command.EXAMPLES)(compress_command.compress)
+app.command(epilog=evaluate_command.EXAMPLES)(evaluate_command.evaluate)
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,6 +53,14 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class KvDtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    fp8 = "fp8"
 
 
 class Policy(StrEnum):
@@ -124,7 +134,9 @@ def serve(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of weights and activations.", rich_help_panel=MODEL, show_choices=True)
     ] = None,
-    kv_dtype: Annotated[Dtype | None, typer.Option(help="Of the KV cache.", rich_help_panel=MODEL)] = None,
+    kv_dtype: Annotated[
+        KvDtype | None, typer.Option(help="Of the KV cache; fp8 holds twice the tokens.", rich_help_panel=MODEL)
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N. auto takes the GPU.", rich_help_panel=MODEL)
     ] = None,
@@ -134,6 +146,10 @@ def serve(
     random_weights: Annotated[
         int | None,
         typer.Option(metavar="SEED", help="Random weights, none are read: for speed work.", rich_help_panel=MODEL),
+    ] = None,
+    min_quality: Annotated[
+        float | None,
+        typer.Option(help="Refuse a model that kept less of its base's quality: 0.98.", rich_help_panel=MODEL),
     ] = None,
     memory_limit: Annotated[
         str | None,
@@ -193,15 +209,17 @@ def pull(name: Annotated[str, typer.Argument(help="smollm2-135m, or hf:org/name[
 
 
 @app.command("list")
-def list_models() -> None:
-    """Show the models that are here."""
-    from server.catalog import Catalog, cache_home
+def list_models(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Engine folders to show besides.")] = None,
+) -> None:
+    """Show the models that are here, with what is known of their quality."""
+    from server.catalog import Catalog, cache_home, describe_folder
     from server.display import columns, size
     from server.sources import CATALOG
 
-    models = Catalog(cache_home()).list()
-    rows = [(model.name, size(model.size), model.source, str(model.path)) for model in models]
-    for line in columns([("name", "size", "source", "path"), *rows]) if rows else ():
+    models = [*Catalog(cache_home()).list(), *(describe_folder(folder) for folder in folders or ())]
+    rows = [(model.name, size(model.size), model.source, model.quality, str(model.path)) for model in models]
+    for line in columns([("name", "size", "source", "quality", "path"), *rows]) if rows else ():
         _print(line)
     others = ", ".join(sorted(set(CATALOG) - {model.name for model in models}))
     if others:

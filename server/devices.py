@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from engines.protocol import EngineSpec
+from server.catalog import cache_home
 from server.errors import UsageError
 from server.settings import ModelSettings
 
@@ -91,6 +92,7 @@ def _spec(entry: ModelSettings, source: str, device: str, max_batch: int | None)
         threads=entry.threads,
         random_weights=entry.random_weights,
         uniform_routing=entry.uniform_routing,
+        verified=str(cache_home() / "verified"),
         fake_step_seconds=entry.fake_step_seconds,
     )
 

@@ -10,7 +10,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from engines.protocol import Capacity, EngineInfo, LoadProgress
 
-_PHASES = {"read": "reading weights", "allocate": "allocating the KV cache", "measure": "measuring"}
+_PHASES = {
+    "verify": "verifying files",
+    "read": "reading weights",
+    "compile": "compiling GPU kernels",
+    "allocate": "allocating the KV cache",
+    "measure": "measuring",
+}
 
 
 def size(count: float) -> str:

@@ -47,7 +47,7 @@ TABLE: tuple[Metric, ...] = (
     Metric("histogram", "step_seconds", "Time that the device worked on one step.", buckets=_TOKEN_GAP),
     Metric("histogram", "scheduler_seconds", "Time to plan and settle one step.", buckets=_SCHEDULER),
     Metric("gauge", "model_ready", "1 when a request for the model would be served."),
-    Metric("counter", "worker_restarts", "Starts of a worker process after the first.", ("worker",)),
+    Metric("counter", "worker_restarts", "Starts of a worker process after the first.", ("worker", "cause")),
     Metric("counter", "replayed_requests", "Open requests of a lost worker that went on elsewhere."),
     Metric("counter", "strikes", "Requests that were in the step at which a worker died, without progress since."),
     Metric("gauge", "process_memory_bytes", "Resident memory of the API process and of each worker.", ("process",)),

@@ -206,8 +206,9 @@ class Metrics:
         for load in () if report is None else report.engines:
             self._refresh_gauges(load.name)
 
-    def worker_restarted(self, worker: int) -> None:
-        self._counters["worker_restarts"].labels(f"worker-{worker}").inc()
+    def worker_restarted(self, worker: int, cause: str) -> None:
+        """``cause``: one of ``server.worker.watch.Cause``."""
+        self._counters["worker_restarts"].labels(f"worker-{worker}", cause).inc()
 
     def replayed(self, model: str, requests: int = 1) -> None:
         """Open requests of a lost worker that go on elsewhere."""

@@ -12,6 +12,7 @@ from engines.manifest import Manifest, read_manifest
 from server.api.state import ServedModel
 from server.catalog import resolve
 from server.display import ServeDisplay
+from server.quality import check_quality, read_quality
 from server.settings import ModelSettings
 from server.text import load_text
 
@@ -40,12 +41,15 @@ def locate(entry: ModelSettings, display: ServeDisplay) -> LocatedModel:
 def read_model(model: LocatedModel) -> ServedModel:
     """Starts the process that renders its template: close ``text``. Raises EngineLoadError."""
     manifest = _manifest(model)
+    quality = read_quality(model.path)
+    check_quality(model.settings.served_name, quality, model.settings.min_quality)
     return ServedModel(
         name=model.settings.served_name,
         created=int(time.time()),
         manifest=manifest,
         text=load_text(manifest),
         max_model_len=min(manifest.max_context, model.settings.max_model_len or manifest.max_context),
+        quality=quality,
     )
 
 

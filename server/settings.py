@@ -74,14 +74,17 @@ class ModelOptions(BaseModel):
     """auto, cpu, cuda or cuda:N. auto takes the GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of weights and activations. auto takes the one that suits the device."""
-    kv_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the KV cache. auto follows dtype."""
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    """Data type of the KV cache. auto follows dtype; fp8 holds twice the tokens of a 16-bit type."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest sequence in tokens, prompt and output together. Default: what the model can do."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads inside one operation. Default: chosen by measurement at start."""
     random_weights: int | None = Field(default=None, ge=0)
     """Seed: fill the model's shapes with random weights and read none. For speed work and tests."""
+    min_quality: float | None = Field(default=None, ge=0, le=1)
+    """Least share of its base's quality that a model must have kept, by its evaluation card; below it, and without a
+    card, it is not served."""
     memory_limit: Memory | None = None
     """Memory of the device for weights, workspace and KV together: a size (8GiB) or a share of the device (0.5)."""
 

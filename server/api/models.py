@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
@@ -20,4 +21,5 @@ async def get_model(request: Request, model_id: str) -> Response:
 
 
 def _card(model: ServedModel) -> ModelCard:
-    return ModelCard(model.name, model.created, model.max_model_len)
+    quality = msgspec.UNSET if model.quality is None else model.quality
+    return ModelCard(model.name, model.created, model.max_model_len, quality=quality)

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from engines.engine_folder import Quality
+
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot write."""
 
@@ -140,6 +142,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     """Longest sequence in tokens, prompt and output together."""
     object: Literal["model"] = "model"
     owned_by: str = "slimserve"
+    quality: Quality | msgspec.UnsetType = msgspec.UNSET
+    """Summary of the evaluation card, of a model that has one."""
 
 
 class ModelList(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engines.engine_folder import Quality
 from engines.manifest import Manifest
 from server.api.replies import ReloadOutcome
 from server.metrics import Metrics
@@ -37,7 +38,7 @@ class ModelState:
 @dataclass(frozen=True, slots=True)
 class ReadyState:
     live: bool
-    """The process is alive and its worker loop makes progress."""
+    """Workers make progress, or are being replaced; what answers at all is alive."""
     ready: bool
     """A request would be served now."""
     models: tuple[ModelState, ...] = ()
@@ -67,6 +68,8 @@ class ServedModel:
     text: ModelText
     max_model_len: int
     """Longest sequence in tokens, prompt and output together."""
+    quality: Quality | None = None
+    """Of its evaluation card, if it has one."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from engines.manifest import Manifest, read_manifest
-from engines.models.loader import load_model
+from engines.models.config import parse_config
+from engines.models.gguf_reader import GgufReader
+from engines.models.loader import Model, build_model, load_model
+from engines.models.weights import FileSource, Placement
 from engines.protocol import EngineSpec
 from server.text.model_text import load_text
 from tests.paged_rows import PagedRows
@@ -68,10 +71,34 @@ def test_greedy_output_is_the_same(smollm2_manifest: Manifest, prompts: list[lis
         assert left == right, f"prompt {number}, best logit ahead by at least {margins[number]}"
 
 
+def test_blocks_kept_as_they_are_hardly_change_the_distributions(
+    smollm2_manifest: Manifest, prompts: list[list[int]]
+) -> None:
+    """The file's blocks may be multiplied with rounded inputs."""
+    spec = EngineSpec(name="smollm2", max_model_len=512)
+    kept = load_model(smollm2_manifest, spec, torch.device("cpu"), torch.float32, lambda progress: None)
+    exact = dequantized_model(smollm2_manifest)
+    step, longest = dict(enumerate(prompts)), max(map(len, prompts))
+    ours, theirs = (
+        torch.cat(list(PagedRows(model, len(prompts), longest, block_size=16).step(step).values())).log_softmax(dim=1)
+        for model in (kept, exact)
+    )
+    divergence = (theirs.exp() * (theirs - ours)).sum(dim=1).mean()
+    assert divergence < 0.02
+    assert (ours.argmax(dim=1) == theirs.argmax(dim=1)).float().mean() > 0.95
+    assert kept.weight_bytes < exact.weight_bytes / 3
+
+
+def dequantized_model(manifest: Manifest) -> Model:
+    placement = Placement(device=torch.device("cpu"), dtype=torch.float32)
+    reader = GgufReader(manifest.source, manifest.config["head_dim"])
+    source = FileSource(placement, reader, lambda progress: None, total=1)
+    return build_model(parse_config(manifest), source, positions=512)
+
+
 def our_greedy(manifest: Manifest, prompts: list[list[int]]) -> tuple[list[list[int]], list[float]]:
     """Tokens by prompt, all rows in each step, and by how much the best logit was ahead where it was closest."""
-    spec = EngineSpec(name="smollm2", max_model_len=512)
-    model = load_model(manifest, spec, torch.device("cpu"), torch.float32, lambda progress: None)
+    model = dequantized_model(manifest)
     rows = PagedRows(model, len(prompts), max(map(len, prompts)) + OUTPUT, block_size=16)
     outputs: list[list[int]] = [[] for _ in prompts]
     margins = [torch.inf] * len(prompts)

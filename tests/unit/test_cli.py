@@ -25,7 +25,7 @@ def run(*arguments: str, stdin: str | None = None, **environment: str) -> subpro
 
 FLAGS = """
     host port served-model-name api-key max-model-len dtype kv-dtype device threads random-weights max-batch max-delay
-    target-ttft target-tpot memory-limit log-level config tenants policy
+    target-ttft target-tpot memory-limit min-quality log-level config tenants policy
 """
 
 

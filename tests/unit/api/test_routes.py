@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
+from engines.engine_folder import Quality
 from engines.manifest import Manifest
 from server.api.routes import create_api
 from server.api.schemas import REQUEST_BODIES, Message
@@ -29,6 +32,15 @@ def test_models_are_listed_and_found(manifest: Manifest) -> None:
         "object": "model",
         "owned_by": "slimserve",
     }
+
+
+def test_a_model_with_a_card_tells_its_quality(manifest: Manifest) -> None:
+    state = make_state(manifest, ScriptedDispatcher())
+    quality = Quality(perplexity_ratio=1.02, kl=0.01, measured_on="wikitext-2")
+    state.models = {name: replace(model, quality=quality) for name, model in state.models.items()}
+    one, all_of_them = call(create_api(state), ("GET", "/v1/models/tiny", None), ("GET", "/v1/models", None))
+    assert one.json()["quality"] == msgspec.to_builtins(quality)
+    assert all_of_them.json()["data"] == [one.json()]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
@@ -145,6 +157,18 @@ def test_openapi_references_resolve(manifest: Manifest) -> None:
     assert len(found) > 10
     for reference in found:
         assert reference.removeprefix("#/components/schemas/") in schema["components"]["schemas"]
+
+
+def test_openapi_follows_a_reload_of_the_models(manifest: Manifest) -> None:
+    state = make_state(manifest, ScriptedDispatcher(), names=("a", "b"))
+    app = create_api(state)
+    ask = ("GET", "/openapi.json", None)
+    for models, required, optional in (({"a", "b"}, ["a", "b"], ["a", "b", None]), ({"b"}, ["b"], ["b", None])):
+        state.models = {name: model for name, model in state.models.items() if name in models}
+        bodies = call(app, ask)[0].json()["components"]["schemas"]
+        assert bodies["ChatBody"]["properties"]["model"]["enum"] == required
+        assert bodies["TokenizeBody"]["properties"]["model"]["enum"] == optional
+    assert app.openapi() is app.openapi(), "it is built again only where something has changed"
 
 
 def references(part: Any) -> set[str]:

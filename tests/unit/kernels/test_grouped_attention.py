@@ -32,37 +32,41 @@ def chunks(step: Step, tokens: int | None = None, rows: int = 0) -> torch.Tensor
         qkv.to(DEVICE, copy=True).view(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim),
     )
     queries, keys, values = parts.split_with_sizes((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
-    cache = step.cache[0], step.cache[1]
+    cache = step.cache
     elementwise.rope_write_kv(queries, keys, values, batch.positions, shape.cos_sin, False, cache, batch.cache_slots)
     return prefill_attention.paged_attention(queries, cache, batch, shape.scale).flatten(1)[: step.qkv.shape[0]]
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "normed", "splits"),
     [(6, 2, 32, False, 1), (6, 2, 32, True, 3), (3, 1, 40, False, 2)],
 )
-def test_decode(heads: int, kv_heads: int, width: int, normed: bool, splits: int) -> None:
-    step = Step(random_rows(CONTEXTS), random_shape(heads, kv_heads, width, torch.float16, normed), torch.float16)
+def test_decode(heads: int, kv_heads: int, width: int, normed: bool, splits: int, fp8: bool) -> None:
+    shape = random_shape(heads, kv_heads, width, torch.float16, normed)
+    step = Step(random_rows(CONTEXTS), shape, torch.float16, fp8=fp8)
     capacity = len(CONTEXTS) + 2
     qkv = torch.full((capacity, step.qkv.shape[1]), torch.nan, dtype=torch.float16)
     qkv[: len(CONTEXTS)] = step.qkv
     for inputs, batch in ((step.qkv, step.batch), (qkv, padded(step, capacity, capacity, widest=16))):
         result = decode_attention.attend_fused(
-            inputs.to(DEVICE), step.shape, (step.cache[0], step.cache[1]), to_device(batch), splits=splits
+            inputs.to(DEVICE), step.shape, step.cache, to_device(batch), splits=splits
         )
-        assert close(result[: len(CONTEXTS)], step.expected())
+        assert close(result[: len(CONTEXTS)], step.expected(), fp8)
         step.check_cache()
     assert not counters(DEVICE).arrivals.any()
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 32), (3, 1, 40)])
-def test_chunks_beside_decodes(heads: int, kv_heads: int, width: int) -> None:
-    step = Step(random_rows(CONTEXTS, PROMPTS), random_shape(heads, kv_heads, width, torch.float16), torch.float16)
-    assert close(chunks(step), step.expected())
+def test_chunks_beside_decodes(heads: int, kv_heads: int, width: int, fp8: bool) -> None:
+    shape = random_shape(heads, kv_heads, width, torch.float16)
+    step = Step(random_rows(CONTEXTS, PROMPTS), shape, torch.float16, fp8=fp8)
+    assert close(chunks(step), step.expected(), fp8)
     step.check_cache()
-    assert close(chunks(step, tokens=64, rows=9), step.expected())
+    assert close(chunks(step, tokens=64, rows=9), step.expected(), fp8)
     step.batch = dataclasses.replace(step.batch, decode_rows=0)
-    assert close(chunks(step), step.expected())
+    assert close(chunks(step), step.expected(), fp8)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.kernels.cuda import compiled_folder, tuning
+from engines.kernels.cuda import tuning
+from engines.kernels.cuda.binary_cache import compiled_folder
 from engines.kernels.cuda.tuning import (
     BUCKETS,
     MOST_ROWS,

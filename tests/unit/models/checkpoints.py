@@ -83,9 +83,16 @@ class RecordingSource(RandomSource):
         self.tensors: dict[str, torch.Tensor] = {}
         self.splits: dict[str, Split] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = super().take(name, shape, split, dtype)
-        if len(shape) == 1:
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        split: Split,
+        dtype: torch.dtype | None = None,
+        invented: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        tensor = super().take(name, shape, split, dtype, invented)
+        if len(shape) == 1 and tensor.is_floating_point():
             tensor += torch.randn(shape, generator=torch.Generator().manual_seed(len(self.tensors))) * 0.3
         self.tensors[name] = tensor.clone()
         self.splits[name] = split

@@ -16,6 +16,7 @@ from engines.models.safetensors_reader import SafetensorsReader
 from engines.models.weights import FileSource, Placement
 from engines.protocol import EngineLoadError, EngineSpec, LoadProgress
 from engines.quant.base import Split
+from engines.quant.methods import methods_of
 from tests.paged_rows import PagedRows
 from tests.unit.models.checkpoints import (
     CPU,
@@ -24,6 +25,7 @@ from tests.unit.models.checkpoints import (
     FAMILIES,
     LLAMA,
     QWEN2,
+    RecordingSource,
     load,
     write_checkpoint,
     write_config,
@@ -101,8 +103,15 @@ class _WholeSource(FileSource):
         self.taken: dict[str, torch.Tensor] = {}
         self.splits: dict[str, Split] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self.taken[name] = super().take(name, shape, split, dtype)
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        split: Split,
+        dtype: torch.dtype | None = None,
+        invented: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self.taken[name] = super().take(name, shape, split, dtype, invented)
         self.splits[name] = split
         return self.taken[name]
 
@@ -211,3 +220,30 @@ def test_16_bit_weights_are_close_to_float32(tmp_path: Path) -> None:
     assert (model.weight_bytes - table) * 2 == load(manifest).weight_bytes - table
     rounded = PagedRows(model, 1, 8).step({0: PROMPT})[0]
     assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_weights_of_every_family(family: str, tmp_path: Path) -> None:
+    """Attention in 8 bits, experts by number in 4 and 8: the file that random weights make loads to the same model."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 4}
+    channel = {"num_bits": 8, "type": "int", "strategy": "channel"}
+    quantization = {
+        "quant_method": "slimserve",
+        "config_groups": {
+            "cold": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"},
+            "hot": {"targets": [r"re:.*mlp\.experts\.[0-3]\."], "weights": channel, "format": "int-quantized"},
+            "attention": {"targets": ["re:.*self_attn"], "weights": {"num_bits": 4}, "format": "codebook"},
+        },
+        "ignore": ["lm_head"],
+    }
+    config = {**FAMILIES[family], "quantization_config": quantization}
+    manifest = read_manifest(write_config(tmp_path, config), random_weights=True)
+    source = RecordingSource()
+    build_model(parse_config(manifest), source, positions=1, methods=methods_of(manifest.quantization))
+    save_file(source.tensors, tmp_path / "model.safetensors")
+    model = load(read_manifest(tmp_path))
+    assert PagedRows(model, 1, 8).step({0: [3, 17, 39]})[0].isfinite().all()
+    assert any(name.endswith("weight_codebook") for name in source.tensors)
+    if "n_routed_experts" in config:
+        assert source.tensors["model.layers.1.mlp.experts.3.up_proj.weight"].dtype is torch.int8
+        assert source.tensors["model.layers.1.mlp.experts.4.up_proj.weight_packed"].dtype is torch.int32

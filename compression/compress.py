@@ -1,0 +1,264 @@
+"""``slimserve compress``: from a model and a recipe to an engine folder.
+
+What is done is kept layer by layer in a folder beside the result, so that a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from compression.base_model import FINAL_NORM, BaseModel
+from compression.calibrate import DEFAULT_TEXT, calibration_windows
+from compression.calibrated_layer import LayerWeights
+from compression.errors import CompressionError
+from compression.experts import DECISION, plan_experts
+from compression.export import layer_tensors, read_notes, save_tensors, write_config, write_shards, write_text
+from compression.hidden_states import HiddenStates
+from compression.layerwise import LayerQuantizer, Window, make_window
+from compression.plan import LinearLayer, Plan, layer_index, linear_layers, make_plan
+from compression.progress import Estimate, Report
+from compression.quantization_config import quantization_config
+from compression.recipe import Recipe
+from compression.record import write_record
+from engines.manifest import read_manifest
+from engines.models.rope import cos_sin_table
+from server.text.model_text import load_text
+
+PASSES = 4
+"""Over the calibration windows in each layer: two parts, each watched and then run quantized."""
+RUN_FILE, OUTER_FILE = "run.json", "outer.safetensors"
+DEFAULT_HESSIAN_BYTES = 4 << 30
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute on so many threads of the CPU; None: on as many as torch chooses."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def choose_device(wanted: str) -> str:
+    """``auto``: the GPU where there is one. Raises CompressionError for a device that is not there."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise CompressionError(f"unknown device {wanted[:40]!r}; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise CompressionError(f"this PyTorch ({torch.__version__}) does not find {wanted}; use --device cpu")
+    return wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One call of the command."""
+
+    model: Path
+    """A folder or a ``.gguf`` file."""
+    name: str
+    """Of the model, for the record."""
+    recipe: Recipe
+    out: Path
+    calibration: Path | None = None
+    device: str = "cpu"
+    hessian_bytes: int = DEFAULT_HESSIAN_BYTES
+
+
+def compress(job: Job, report: Report, clock: Callable[[], float]) -> list[str]:
+    """Write the engine folder ``job.out``; returns what there is to say about single layers.
+
+    Raises CompressionError and EngineLoadError, whose texts tell the user what to do.
+    """
+    if job.out.exists():
+        raise CompressionError(f"{job.out.name} exists already; choose another folder, or remove it")
+    try:
+        with torch.no_grad():
+            run = _Run(job, report, clock)
+            return run.finish(run.layers())
+    except OSError as error:
+        raise CompressionError(f"{job.out.name} cannot be written: {error.strerror or error}") from error
+
+
+class _Run:
+    def __init__(self, job: Job, report: Report, clock: Callable[[], float]) -> None:
+        self.job = job
+        self.device = torch.device(job.device)
+        self.manifest = read_manifest(job.model)
+        self.base = BaseModel(self.manifest, self.device)
+        self.dtype = torch.float16 if self.manifest.dtype == "float16" else torch.bfloat16
+        self.all_layers = linear_layers(self.base.config)
+        self.plan: Plan = make_plan(job.recipe, self.all_layers, self.base.outer_layers(), self.dtype)
+        self.tokens = self._calibration_tokens()
+        self.work = job.out.with_name(f"{job.out.name}.partial")
+        self._start_or_go_on()
+        self.count = self.base.config.layers
+        self.first = next((index for index in range(self.count) if not self._layer_file(index).exists()), self.count)
+        ticks = 1 if self.tokens is None else PASSES * self.tokens.shape[0]
+        self.ticks = ticks
+        self.estimate = Estimate(report, clock, ticks * (self.count + 1), ticks * self.first)
+
+    def _calibration_tokens(self) -> torch.Tensor | None:
+        """(windows, tokens) int64; None where the recipe needs none."""
+        recipe, source = self.job.recipe, self.job.calibration
+        if recipe.calibration is None or not recipe.calibrates:
+            return None
+        if source is None and DEFAULT_TEXT.is_file():
+            source = DEFAULT_TEXT
+        if source is None:
+            raise CompressionError(
+                f"the recipe {recipe.name} is calibrated: give --calibration FILE, some hundred kB of text of the kind "
+                "that the model will see"
+            )
+        text = load_text(self.manifest)
+        try:
+            wanted = recipe.calibration
+            width = min(wanted.tokens, self.manifest.max_context)
+
+            def encode(part: str) -> list[int]:
+                return text.encode(part, False, max_tokens=len(part) + 8)
+
+            tokens = calibration_windows(source, encode, wanted.windows, width)
+        finally:
+            text.close()
+        self.plan.notes.append(f"calibrated on {tokens.shape[0]} windows of {width} tokens from {source.name}")
+        return tokens
+
+    def _start_or_go_on(self) -> None:
+        """Raises CompressionError if the folder of an unfinished run belongs to another one."""
+        calibration = b"" if self.tokens is None else self.tokens.numpy().tobytes()
+        facts = {
+            "recipe": msgspec.to_builtins(self.job.recipe),
+            "base": self.manifest.fingerprint,
+            "calibration": hashlib.sha256(calibration).hexdigest(),
+        }
+        path = self.work / RUN_FILE
+        if path.exists():
+            if json.loads(path.read_text()) != facts:
+                raise CompressionError(
+                    f"{self.work.name} holds an unfinished run with another recipe, model or calibration text; "
+                    "finish that one, or remove the folder"
+                )
+            return
+        self.work.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(facts))
+        partial.replace(path)
+
+    def _layer_file(self, index: int) -> Path:
+        return self.work / f"layer-{index:05}.safetensors"
+
+    def layers(self) -> list[Path]:
+        """Quantize all layers that are not there yet. Returns the files of all."""
+        limit = 1 if self.tokens is None else self.tokens.shape[1]
+        cos_sin = cos_sin_table(self.base.config.rope, limit, self.device)
+        if self.job.recipe.experts is not None and self.tokens is not None:
+            self.estimate.begin("watching the experts")
+            plan_experts(
+                self.base,
+                self.all_layers,
+                self.job.recipe.experts,
+                self.plan,
+                self.dtype,
+                cos_sin,
+                self.tokens,
+                self.work,
+            )
+        quantizer = LayerQuantizer(
+            self.base.config,
+            self.job.recipe,
+            self.plan,
+            cos_sin,
+            self.device,
+            self.job.hessian_bytes,
+            lambda: self.estimate.advance(),
+        )
+        self._save_outer(quantizer)
+        windows: list[Window] = []
+        if self.tokens is not None and self.first < self.count:
+            windows = [make_window(row, self.base.config, self.device) for row in self.tokens]
+            self._embed(windows)
+        for index in range(self.first, self.count):
+            self.estimate.begin(f"layer {index + 1} of {self.count}")
+            self._one_layer(index, quantizer, windows)
+            self.estimate.reach(self.ticks * (index + 1))
+        return [self.work / OUTER_FILE, *(self._layer_file(index) for index in range(self.count))]
+
+    def _one_layer(self, index: int, quantizer: LayerQuantizer, windows: list[Window]) -> None:
+        weights = LayerWeights(self.base.layer_tensors(index, self._layers_of(index)))
+        notes: list[str] = []
+        try:
+            if windows:
+                stream, following = self._stream(index), self._stream(index + 1)
+                notes = quantizer.quantize(index, weights, windows, stream, following)
+            else:
+                quantizer.without_calibration(weights)
+        except ValueError as error:
+            raise CompressionError(f"{error}; the model cannot be compressed by this recipe") from error
+        save_tensors(self._layer_file(index), layer_tensors(weights, self.plan.layers, self.dtype), notes)
+        if windows:
+            self._stream_file(index).unlink()
+
+    def _layers_of(self, index: int) -> list[LinearLayer]:
+        return [layer for layer in self.all_layers if layer_index(layer.name) == index]
+
+    def _stream_file(self, index: int) -> Path:
+        return self.work / f"hidden-{index:05}.bin"
+
+    def _stream(self, index: int) -> HiddenStates:
+        """The residual stream before layer ``index``."""
+        assert self.tokens is not None
+        windows, width = self.tokens.shape
+        return HiddenStates(self._stream_file(index), windows, width, self.base.config.hidden)
+
+    def _embed(self, windows: list[Window]) -> None:
+        """The stream before the first layer. A later one was kept when the layer before it was done."""
+        if self.first > 0:
+            return
+        embedding, stream = self.base.linear(self.base.outer_layers()[0]), self._stream(0)
+        for place, window in enumerate(windows):
+            stream.write(place, embedding[window.batch.token_ids])
+
+    def _save_outer(self, quantizer: LayerQuantizer) -> None:
+        """What stands around the layers: embedding, norm and head."""
+        path = self.work / OUTER_FILE
+        if path.exists():
+            return
+        weights = LayerWeights({FINAL_NORM: self.base.tensor(FINAL_NORM)})
+        for layer in self.base.outer_layers():
+            weights.tensors[f"{layer.name}.weight"] = self.base.linear(layer)
+        quantizer.without_calibration(weights)
+        save_tensors(path, layer_tensors(weights, self.plan.layers, self.dtype), [])
+
+    def finish(self, files: list[Path]) -> list[str]:
+        """Make the engine folder of the layers' files and move it to its place."""
+        self.estimate.begin("writing the folder")
+        folder = self.work / "folder"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_shards(files, folder)
+        config = quantization_config([*self.all_layers, *self.base.outer_layers()], self.plan.layers)
+        write_config(self.manifest, config, self.dtype, folder)
+        write_text(self.manifest, folder)
+        if (self.work / DECISION).exists():
+            shutil.copyfile(self.work / DECISION, folder / DECISION)
+        notes = self.plan.notes + [note for path in files for note in read_notes(path)]
+        write_record(
+            folder,
+            recipe=msgspec.to_builtins(self.job.recipe),
+            base=self.job.name,
+            base_manifest=self.manifest,
+            notes=notes,
+            promised=self.job.recipe.promise,
+            device=self.device,
+        )
+        folder.rename(self.job.out)
+        shutil.rmtree(self.work)
+        return notes
