@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,29 @@ from typing import Any
 from engines.fields import Fields
 from engines.gguf_header import GgufHeader, GgufTensor
 from engines.protocol import EngineLoadError
+from engines.quantization import GgufBlocks, LayerRule, Quantization
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_DIVISORS = "rope_freqs.weight"
 """The tensor by which a converter hands over llama3's rope scaling: one divisor for each frequency."""
+
+PLAIN_TYPES = ("F32", "F16", "BF16")
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def read_gguf_config(path: Path, header: GgufHeader) -> dict[str, Any]:
@@ -97,3 +117,23 @@ def _read_divisors(path: Path, tensor: GgufTensor) -> list[float]:
     if not all(0 < value < math.inf for value in values):
         raise EngineLoadError(f"{path.name}: tensor {ROPE_DIVISORS} must hold numbers above 0")
     return list(values)
+
+
+def checkpoint_name(name: str) -> str:
+    """A tensor's name in a Hugging Face checkpoint; a name that no known model has stays as it is."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?([a-z_]+)\.(weight|bias)", name)
+    if match is None or match[2] not in _NAMES:
+        return name
+    layer, stem, kind = match.groups()
+    return f"{'' if layer is None else f'model.layers.{layer}.'}{_NAMES[stem]}.{kind}"
+
+
+def read_gguf_quantization(header: GgufHeader) -> Quantization | None:
+    """Which matrices are stored in blocks, and of which type."""
+    layers: dict[str, list[str]] = {}
+    for file_name, tensor in header.tensors.items():
+        layer, _, kind = checkpoint_name(file_name).rpartition(".")
+        if tensor.type not in PLAIN_TYPES and len(tensor.shape) == 2 and kind == "weight":
+            layers.setdefault(tensor.type, []).append(layer)
+    rules = [LayerRule(targets=tuple(names), format=GgufBlocks(blocks=kind)) for kind, names in layers.items()]
+    return Quantization(method="gguf", rules=tuple(rules)) if rules else None

@@ -16,9 +16,11 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from engines.fields import Fields
-from engines.gguf_config import read_gguf_config
+from engines.gguf_config import read_gguf_config, read_gguf_quantization
 from engines.gguf_header import read_gguf_header
 from engines.protocol import EngineLoadError
+from engines.quantization import Quantization
+from engines.quantization_config import read_quantization
 from engines.safetensors_header import SafetensorsHeader, read_safetensors_header
 
 Architecture = Literal["llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3"]
@@ -37,7 +39,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, Any]
     """By the key names of ``config.json``, whatever the format."""
     dtype: str
-    """Of the stored weights: float32, float16 or bfloat16; quantized GGUF counts as bfloat16."""
+    """Of the stored weights: float32, float16 or bfloat16; of quantized ones what they were before, or bfloat16."""
+    quantization: Quantization | None = None
+    """How the layers' weights are stored; None: as plain floats."""
     max_context: int
     """Longest sequence in tokens that the positions allow."""
     vocab_size: int
@@ -81,6 +85,7 @@ def _read_gguf(path: Path) -> Manifest:
         architecture=_architecture(fields),
         config=config,
         dtype=unquantized.get(kinds.pop(), "bfloat16") if len(kinds) == 1 else "bfloat16",
+        quantization=read_gguf_quantization(header),
         max_context=_max_context(fields),
         vocab_size=fields.count("vocab_size"),
         bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
@@ -102,7 +107,7 @@ def _read_folder(folder: Path, random_weights: bool) -> Manifest:
     config = _read_json(folder / "config.json")
     fields = Fields(config, "config.json")
     architecture = _architecture(fields)
-    _refuse_quantized(fields)
+    quantization = read_quantization(fields)
     headers = {} if random_weights else _read_headers(folder)
     generation = _generation_config(folder)
     ends = (*generation.token_ids("eos_token_id"), *fields.token_ids("eos_token_id"))
@@ -112,7 +117,8 @@ def _read_folder(folder: Path, random_weights: bool) -> Manifest:
         format="safetensors",
         architecture=architecture,
         config=config,
-        dtype=_stored_dtype(fields, headers),
+        dtype=_stored_dtype(fields, headers, quantization is not None),
+        quantization=quantization,
         max_context=_max_context(fields),
         vocab_size=fields.count("vocab_size"),
         bos_token_id=starts[0] if starts else None,
@@ -159,15 +165,6 @@ def _architecture(fields: Fields) -> Architecture:
     if classes and not any(name.endswith("ForCausalLM") for name in classes):
         raise EngineLoadError(f"{fields.name}: {classes[0][:80]} does not generate text; a ...ForCausalLM does")
     return match
-
-
-def _refuse_quantized(fields: Fields) -> None:
-    if fields.has("quantization_config"):
-        method = fields.section("quantization_config").values.get("quant_method", "unknown")
-        raise EngineLoadError(
-            f"{fields.name}: the weights are quantized (quantization_config, method {str(method)[:40]!r}), which is "
-            "not supported yet; use the model's float16 or bfloat16 version, or a .gguf file"
-        )
 
 
 def _max_context(fields: Fields) -> int:
@@ -232,19 +229,22 @@ def _all_parts(names: set[str]) -> set[str]:
     return parts
 
 
-def _stored_dtype(fields: Fields, headers: dict[Path, SafetensorsHeader]) -> str:
-    """What most weights are stored as; without files what the config says."""
+def _stored_dtype(fields: Fields, headers: dict[Path, SafetensorsHeader], quantized: bool) -> str:
+    """What most weights are stored as; of quantized weights and without files what the config says."""
     sizes: dict[str, int] = {}
     for header in headers.values():
         for tensor in header.tensors.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    if sizes:
+    if sizes and not quantized:
         stored = max(sizes, key=lambda dtype: sizes[dtype])
         name = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(stored)
         if name is None:
-            raise EngineLoadError(f"the weights are stored as {stored}; F32, F16 and BF16 are read")
+            raise EngineLoadError(
+                f"the weights are stored as {stored}, and config.json has no quantization_config that says how to read "
+                "them; F32, F16 and BF16 are read without"
+            )
         return name
-    name = fields.text("dtype", fields.text("torch_dtype", "float32"))
+    name = fields.text("dtype", fields.text("torch_dtype", "bfloat16" if quantized else "float32"))
     if name not in ("float32", "float16", "bfloat16"):
         raise EngineLoadError(f"{fields.name}: dtype {name[:40]!r} is not supported; float32, float16, bfloat16 are")
     return name

@@ -56,7 +56,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     uniform_routing: bool = False
     """Draw each token's experts uniformly at random: random weights route to a few only. Needs ``random_weights``."""
     measured: Measured | None = None
-    """From an earlier load of this very spec on this device, which then need not be repeated."""
+    """From an earlier load of this very spec on this device, which then need not be repeated, nor the checks of an
+    engine folder's files and fingerprint."""
+    verified: str = ""
+    """Folder that remembers which files were found to be what their record says; empty reads them all again."""
     fake_step_seconds: float = 0.0
     """Only for the kind ``fake``: how long each of its steps takes."""
 
@@ -222,7 +225,7 @@ class StepSample(msgspec.Struct, frozen=True, kw_only=True):
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
     """Where a load stands; ``done`` and ``total`` in bytes, or both 0 where a phase has no measure."""
 
-    phase: Literal["read", "allocate", "measure"]
+    phase: Literal["verify", "read", "compile", "allocate", "measure"]
     done: int = 0
     total: int = 0
 

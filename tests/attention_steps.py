@@ -17,8 +17,10 @@ from engines.models.batch import Batch
 from tests.triton_interpreter import DEVICE
 from tests.unit.kernels.paged import PagedCache, Row
 
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
-"""Of ||result - definition|| / ||definition||; queries and keys are rounded once between rotation and product."""
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2, torch.float8_e4m3fn: 2e-2}
+"""Of ||result - definition|| / ||definition||; queries and keys are rounded once between rotation and product.
+
+Into fp8 a key that lies between two numbers may go either way, and a result over such keys follows them."""
 MOST_POSITIONS = 4096
 
 
@@ -28,10 +30,10 @@ def to_device(batch: Batch) -> Batch:
     return dataclasses.replace(batch, **moved)
 
 
-def close(result: torch.Tensor, expected: torch.Tensor) -> bool:
+def close(result: torch.Tensor, expected: torch.Tensor, fp8: bool = False) -> bool:
     assert result.shape == expected.shape
     distance = (result.cpu().double() - expected).norm() / expected.norm()
-    return float(distance) < TOLERANCE[result.dtype]
+    return float(distance) < TOLERANCE[torch.float8_e4m3fn if fp8 else result.dtype]
 
 
 def random_shape(heads: int, kv_heads: int, width: int, dtype: torch.dtype, normed: bool = False) -> GroupedQueries:
@@ -50,9 +52,16 @@ def random_shape(heads: int, kv_heads: int, width: int, dtype: torch.dtype, norm
 
 
 class Step:
-    """Random rows over a random cache, whose own keys and values are not written yet."""
+    """Random rows over a random cache, whose own keys and values are not written yet; fp8 with random scales if so."""
 
-    def __init__(self, rows: Sequence[Row], shape: GroupedQueries, dtype: torch.dtype, block_size: int = 16) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        shape: GroupedQueries,
+        dtype: torch.dtype,
+        block_size: int = 16,
+        fp8: bool = False,
+    ) -> None:
         longest = max(row.context for row in rows) + 40
         token_shapes = [(shape.kv_heads, shape.head_dim)] * 2
         self.paged = PagedCache(len(rows), longest, token_shapes, block_size, dtype, seed=random.randrange(1 << 30))
@@ -65,7 +74,14 @@ class Step:
         self.slots = torch.cat(slots)
         self.rows, self.shape = rows, shape
         self.batch = dataclasses.replace(batch, cache_slots=self.slots)
-        self.cache = tuple(tensor.to(DEVICE) for tensor in self.paged.tensors)
+        self.scales = torch.ones(2, shape.kv_heads)
+        if fp8:
+            # Some so small that the largest numbers are cut.
+            self.scales = torch.exp2(torch.randint(-8, 3, (2, shape.kv_heads)).float())
+            pairs = zip(self.paged.tensors, self.scales, strict=True)
+            self.paged.tensors = tuple(reference.quantize(tensor, scale[:, None]) for tensor, scale in pairs)
+        tensors = (*self.paged.tensors, self.scales) if fp8 else self.paged.tensors
+        self.cache = tuple(tensor.to(DEVICE) for tensor in tensors)
         width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         self.qkv = (torch.randn(self.slots.shape[0], width) * 2).to(dtype)
 
@@ -79,18 +95,21 @@ class Step:
             keys = reference.rms_norm(keys, shape.key_norm.weight.cpu().double(), 1e-6)
         queries, keys = queries.clone(), keys.clone()
         reference.rope_(queries, keys, self.batch.positions, shape.cos_sin.cpu(), interleaved=False)
-        for tensor, entries in zip(self.paged.tensors, (keys, values), strict=True):
+        wide = []
+        for tensor, entries, scale in zip(self.paged.tensors, (keys, values), self.scales[:, :, None], strict=True):
+            if tensor.dtype is torch.float8_e4m3fn:
+                entries = reference.quantize(entries.to(self.qkv.dtype), scale)
             reference.write_cache(entries, tensor, self.slots)
-        wide = [tensor.to(DEVICE).double() for tensor in self.paged.tensors]
+            wide.append(tensor.to(DEVICE).double() * scale.to(DEVICE))
         queries = queries.to(DEVICE)
         return reference.attention(queries, wide[0], wide[1], to_device(self.batch), shape.scale).flatten(1).cpu()
 
     def check_cache(self) -> None:
         """After ``expected``: this step's entries are written, and nothing else."""
-        for ours, wanted in zip(self.cache, self.paged.tensors, strict=True):
-            assert torch.equal(ours.cpu().isnan(), wanted.isnan())
-            error = (ours.cpu() - wanted).nan_to_num(0.0).double().norm() / wanted.nan_to_num(0.0).double().norm()
-            assert error < TOLERANCE[ours.dtype]
+        for ours, wanted in zip(self.cache[:2], self.paged.tensors, strict=True):
+            tolerance, found, expected = TOLERANCE[ours.dtype], ours.cpu().double(), wanted.double()
+            assert torch.equal(found.isnan(), expected.isnan())
+            assert (found - expected).nan_to_num(0.0).norm() < tolerance * expected.nan_to_num(0.0).norm()
 
 
 def padded(step: Step, tokens: int, rows: int, widest: int) -> Batch:

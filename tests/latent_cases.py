@@ -38,6 +38,7 @@ class LatentCase:
         device: torch.device,
         padding: int = 0,
         counts: list[int] | None = None,
+        fp8: bool = False,
     ) -> None:
         width, counts = widths.rank + widths.rope, counts or [1] * len(contexts)
         paged = PagedCache(len(contexts), max(contexts), [(width,)], 16, torch.bfloat16)
@@ -51,6 +52,13 @@ class LatentCase:
         self._plain = dataclasses.replace(paged.batch(rows), cache_slots=torch.cat(slots))
         self.tokens, self.widths = sum(counts), widths
         self.before = paged.tensors[0]
+        self.scales: torch.Tensor | None = None
+        self._wide_scales = torch.ones(width)
+        if fp8:
+            # The rope part has a scale of its own.
+            self._wide_scales = torch.cat([torch.full((widths.rank,), 2.0**-5), torch.full((widths.rope,), 2.0**-7)])
+            self.before = reference.quantize(self.before, self._wide_scales)
+            self.scales = self._wide_scales.to(device)
         self.cache = self.before.to(device, copy=True)
         self.batch = self._padded(padding, device)
         self.queries = torch.randn(self.tokens + padding, widths.heads, widths.nope + widths.rope).bfloat16()
@@ -68,6 +76,11 @@ class LatentCase:
             scale=0.15,
         )
         self.queries, self.latents = self.queries.to(device), self.latents.to(device)
+
+    @property
+    def caches(self) -> tuple[torch.Tensor, ...]:
+        """The layer's cache as ``kernels.latent_attention`` takes it."""
+        return (self.cache,) if self.scales is None else (self.cache, self.scales)
 
     def _padded(self, padding: int, device: torch.device) -> Batch:
         plain, rows = self._plain, self._plain.context_lengths.shape[0]
@@ -100,6 +113,8 @@ class LatentCase:
         entries[:, :rank] = reference.rms_norm(entries[:, :rank], self.shape.latent_gain.cpu(), EPS)
         turned = entries[:, rank:].unsqueeze(1)
         reference.rope_(turned, turned[:, :0], plain.positions, self.shape.cos_sin.cpu(), self.widths.interleaved)
+        if self.scales is not None:
+            entries = reference.quantize(entries, self._wide_scales)
         cache = self.before.clone()
         reference.write_cache(entries, cache, plain.cache_slots)
         return cache
@@ -118,7 +133,7 @@ class LatentCase:
         )
         # On the case's own device: long prompts take minutes in float64 on a few cores.
         device = self.queries.device
-        cache = self._written().double().unsqueeze(2).to(device)
+        cache = (self._written().double() * self._wide_scales).unsqueeze(2).to(device)
         attended = reference.attention(
             absorbed.to(device), cache, cache[..., : widths.rank], self._plain, self.shape.scale
         ).cpu()
@@ -133,6 +148,8 @@ class LatentCase:
     def cache_is_written(self) -> bool:
         """Whether the step's latents are in their slots and nothing else has changed."""
         ours, expected = self.cache.cpu().float(), self._written().float()
+        # In fp8 a number between two others may go either way.
+        step = 2e-2 if self.scales is None else 2**-3
         return torch.equal(ours.isnan(), expected.isnan()) and torch.allclose(
-            ours.nan_to_num(), expected.nan_to_num(), rtol=2e-2, atol=2e-2
+            ours.nan_to_num(), expected.nan_to_num(), rtol=step, atol=2e-2
         )

@@ -14,6 +14,31 @@ import torch
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def fp8_conversion(otherwise: Any) -> Any:
+    """From and to e4m3 as a GPU does it: Triton 3.6 rounds into the exponent and lets what is too large turn over."""
+    import triton.language as tl
+
+    torch_types = {
+        tl.float8e4nv: torch.float8_e4m3fn,
+        tl.float16: torch.float16,
+        tl.bfloat16: torch.bfloat16,
+        tl.float32: torch.float32,
+    }
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+    def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if tl.float8e4nv not in (source, target):
+            return otherwise(values, source, target, rounding)
+        raw = torch.from_numpy(np.ascontiguousarray(values).view(f"i{values.itemsize}"))
+        wide = raw.view(torch_types[source]).float()
+        if target == tl.float8e4nv:
+            wide = wide.clamp(-448, 448)
+        narrow = wide.to(torch_types[target])
+        return narrow.view(bits[narrow.itemsize]).numpy()
+
+    return convert
+
+
 def _interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
@@ -33,6 +58,7 @@ def _interpret() -> None:
         return dot(self, widened(left), widened(right), *rest)
 
     builder.create_dot = create_dot
+    interpreter._convert_float = fp8_conversion(interpreter._convert_float)
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def truth(mask: Any) -> Any:

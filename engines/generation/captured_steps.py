@@ -37,6 +37,14 @@ class GraphSize:
     decodes: bool
 
 
+class _Shared:
+    """What all captures of one runner use, made at the first one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+
+
 class CapturedSteps:
     """Graphs of one runner. One thread captures and replays; ``rows`` and ``tokens`` may be read from any."""
 
@@ -63,8 +71,7 @@ class CapturedSteps:
         self._logits = torch.empty((rows[-1], model.vocab_size), dtype=torch.float32, device=device)
         shape = (tokens[-1] if tokens else 1, model.embedding.shape[1])
         self._hidden = torch.empty(shape, dtype=model.embedding.dtype, device=device)
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._shared: _Shared | None = None
 
     @staticmethod
     def static_bytes(max_rows: int, max_step_tokens: int, vocab: int, hidden: int, itemsize: int) -> int:
@@ -85,6 +92,11 @@ class CapturedSteps:
         return self._hidden[:tokens]
 
     # --- capture
+
+    def rehearse(self) -> None:
+        """Run the steps of all sizes in about the order of their capture, on the meta device: see ``rehearsal``."""
+        for size in sorted(self._pending, key=lambda size: size.count, reverse=True):
+            self._step_of(size)()
 
     def missed(self, count: int, decodes: bool) -> None:
         """A step of this size ran without a graph: its size is captured before others that were missed less."""
@@ -131,17 +143,18 @@ class CapturedSteps:
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         # Compiles kernels and lets libraries set up what they may not while a graph is captured.
         step()
+        shared = self._shared = self._shared or _Shared(self._logits.device)
         current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
+        shared.stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(shared.stream):
             # The other threads go on waiting for events meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=shared.pool, capture_error_mode="thread_local")
             try:
                 step()
             finally:
                 graph.capture_end()
-        current.wait_stream(self._stream)
+        current.wait_stream(shared.stream)
         return graph
 
     def _step_of(self, size: GraphSize) -> Callable[[], None]:

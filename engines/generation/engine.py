@@ -39,7 +39,7 @@ class GenerationEngine:
         self._failure: BaseException | None = None
         self._capture_ended = threading.Event()
         self._closing = False
-        self._thread.submit(self._capture)
+        loaded.kernels.when_finished(self._queue_capture)
 
     @classmethod
     def load(
@@ -84,12 +84,21 @@ class GenerationEngine:
     def close(self) -> None:
         """Give back all memory; a second call does nothing."""
         self._closing = True
+        if self._loaded is not None:
+            self._loaded.kernels.close()
         self._thread.shutdown()
         on_gpu = self._loaded is not None and self._info.device != "cpu"
         self._loaded = None
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
+
+    def _queue_capture(self) -> None:
+        """From any thread. Before all kernels are there a capture would compile them, and hold up the steps."""
+        try:
+            self._thread.submit(self._capture)
+        except RuntimeError:  # closed meanwhile
+            self._capture_ended.set()
 
     def _capture(self) -> None:
         """In the engine's thread: capture one graph, and queue up for the next behind the steps that came meanwhile."""

@@ -115,6 +115,14 @@ class GpuStepRunner:
         launched.irregular = Launcher.first_launches > launches
         return launched
 
+    @torch.inference_mode()
+    def rehearse(self, rows: Sequence[Row], truncates: Truncates) -> None:
+        """Launch what an eager step of these rows launches on the device, on the meta device: see ``rehearsal``."""
+        step = _read(rows)
+        logits = self._logits(step, self._eager(step))
+        if logits is not None:
+            self._drawn(step, logits, truncates)
+
     def _send(self, rows: _Rows, bound: int) -> None:
         """All changes and the step's rows, filled up to ``bound``."""
         padding = bound - len(rows.slots)
@@ -149,6 +157,9 @@ class GpuStepRunner:
             if plan.graph_tokens:
                 return self.captured.hidden(plan.graph_tokens)
             self.captured.missed(rows.tokens, rows.all_decode)
+        return self._eager(rows)
+
+    def _eager(self, rows: _Rows) -> torch.Tensor:
         batch = self._batch(rows)
         prepare(batch, self._state, self._capacity.block_size)
         return self._model.forward(batch, self._caches)
@@ -180,10 +191,7 @@ class GpuStepRunner:
         return self._model.logits(hidden)
 
     def _draw(self, launched: LaunchedStep, rows: _Rows, logits: torch.Tensor) -> None:
-        state, count = self._state, len(rows.drawing)
-        slots, places = (
-            (state.slots, state.context_lengths) if rows.all_decode else (state.draw_slots, state.draw_places)
-        )
+        state = self._state
         host_slots = rows.slots[rows.drawing]
         particular = bool(self._states.particular[host_slots].any())
         raw, scored = None, np.zeros(0, np.int64)
@@ -194,15 +202,23 @@ class GpuStepRunner:
                 # The raw distribution is taken before the edits change the logits in place.
                 raw = normalized(logits.index_select(0, scored_rows))
             apply_edits(logits, edits_of(self._states, host_slots, rows.ends[rows.drawing]), state.tokens, self._counts)
-        drawn = torch.empty(count, dtype=torch.int64, device=self._device)
-        truncates = self._truncates(host_slots)
-        draw_rows(logits, slots[:count], places[:count], state.parameters, state.tokens, drawn, truncates)
+        drawn = self._drawn(rows, logits, self._truncates(host_slots))
         launched.drawn = to_host(drawn)
         if raw is not None:
             widths = self._states.logprobs[host_slots[scored]].tolist()
             launched.scored = score(raw, drawn[scored_rows], max(widths)).map(to_host)
             launched.scored_rows = rows.drawing[scored].tolist()
             launched.scored_widths = widths
+
+    def _drawn(self, rows: _Rows, logits: torch.Tensor, truncates: Truncates) -> torch.Tensor:
+        """(S,) int64: a token of each row that draws, which also goes into its sequence."""
+        state, count = self._state, len(rows.drawing)
+        slots, places = (
+            (state.slots, state.context_lengths) if rows.all_decode else (state.draw_slots, state.draw_places)
+        )
+        drawn = torch.empty(count, dtype=torch.int64, device=self._device)
+        draw_rows(logits, slots[:count], places[:count], state.parameters, state.tokens, drawn, truncates)
+        return drawn
 
     def _truncates(self, slots: Integers) -> Truncates:
         states = self._states

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 
@@ -16,13 +17,24 @@ the tile of a later GPU kernel, and keep a block table of 8192 tokens at 512 ent
 
 
 def allocate(
-    layout: KvLayout, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    layout: KvLayout,
+    blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    scales: Sequence[torch.Tensor] = (),
 ) -> list[LayerCache]:
-    """One ``LayerCache`` a layer, filled with zeros: a kernel may multiply what it masks, and 0 * NaN is NaN."""
-    return [
-        tuple(_zeros((blocks, block_size, *shape), dtype, device) for shape in layout.token_shapes)
-        for _ in range(layout.layers)
-    ]
+    """One ``LayerCache`` a layer, filled with zeros: a kernel may multiply what it masks, and 0 * NaN is NaN.
+
+    An fp8 cache gets each layer's ``scales``, ``layout.scale_shape``; all are 1 if none are given.
+    """
+    caches: list[LayerCache] = []
+    for layer in range(layout.layers):
+        tensors = [_zeros((blocks, block_size, *shape), dtype, device) for shape in layout.token_shapes]
+        if dtype is torch.float8_e4m3fn:
+            tensors.append(scales[layer] if scales else torch.ones(layout.scale_shape, device=device))
+        caches.append(tuple(tensors))
+    return caches
 
 
 def block_bytes(layout: KvLayout, block_size: int, dtype: torch.dtype) -> int:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from engines.generation import kv_cache, profile
+from engines.generation.calibration import choose_scales
 from engines.generation.choose_runner import Runner, make_runner, state_bytes, uses_triton
+from engines.generation.compile_ahead import CompileAhead, Sizes, Stage, compile_ahead
 from engines.generation.memory import KvSize, kv_bytes, measure_workspace, size_kv
 from engines.generation.placement import Placement, choose_placement, dtype_name
 from engines.generation.probe import Probe
 from engines.generation.threads import StepCost, ThreadGovernor, available_cores, best_time, choose_threads
+from engines.generation.verify import record_to_verify, verify_fingerprint, verify_weights
 from engines.manifest import Manifest, read_manifest
 from engines.models.loader import load_model
 from engines.models.model import Model
@@ -42,6 +46,8 @@ class Loaded:
     runner: Runner
     info: EngineInfo
     capacity: Capacity
+    kernels: CompileAhead
+    """Those that only later steps need may still be on their way into the cache."""
 
 
 def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -> Loaded:
@@ -56,14 +62,37 @@ def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -
     torch.set_num_threads(spec.threads or available_cores())
     if placement.device.type == "cuda":
         torch.cuda.set_device(placement.device)
+    kernels = compile_ahead(spec, manifest, placement, _settled(spec, _asked_sizes(spec, model_len, placement.device)))
     try:
-        model = load_model(manifest, spec, placement.device, placement.dtype, report)
+        runner, info, capacity = _load(spec, manifest, placement, model_len, kernels, report, clock)
+    except BaseException:
+        kernels.close()
+        raise
+    _wait(kernels, "start", report)
+    info = msgspec.structs.replace(info, load_seconds=clock() - started)
+    return Loaded(runner, info, capacity, kernels)
+
+
+def _load(
+    spec: EngineSpec,
+    manifest: Manifest,
+    placement: Placement,
+    model_len: int,
+    kernels: CompileAhead,
+    report: ReportProgress,
+    clock: Callable[[], float],
+) -> tuple[Runner, EngineInfo, Capacity]:
+    """``info.load_seconds`` is not filled in."""
+    try:
+        model = _load_verified(manifest, spec, placement, report)
+        _wait(kernels, "measure", report)
         report(LoadProgress(phase="measure"))
+        scales = _kv_scales(spec, manifest, placement, model, model_len)
         measured = spec.measured or _measure(spec, model, placement, model_len, clock)
         size = _size_kv(spec, model, placement, model_len, measured)
         report(LoadProgress(phase="allocate"))
         caches = kv_cache.allocate(
-            model.kv_layout, size.blocks, kv_cache.BLOCK_SIZE, placement.kv_dtype, placement.device
+            model.kv_layout, size.blocks, kv_cache.BLOCK_SIZE, placement.kv_dtype, placement.device, scales
         )
         capacity = Capacity(
             blocks=size.blocks,
@@ -78,8 +107,24 @@ def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -
         raise EngineLoadError(
             f"{spec.name}: the model does not fit in memory; use a 16-bit --dtype or a smaller model"
         ) from error
-    info = _info(spec, manifest, placement, model, size, measured, clock() - started)
-    return Loaded(runner, info, capacity)
+    return runner, _info(spec, manifest, placement, model, size, measured, scales), capacity
+
+
+def _wait(kernels: CompileAhead, stage: Stage, report: ReportProgress) -> None:
+    if kernels.misses(stage):
+        report(LoadProgress(phase="compile"))
+        kernels.wait(stage)
+
+
+def _load_verified(manifest: Manifest, spec: EngineSpec, placement: Placement, report: ReportProgress) -> Model:
+    """The model; at its first load what an engine folder's record says of it is checked."""
+    record = record_to_verify(manifest, spec)
+    if record is not None:
+        verify_weights(record, manifest, spec, report)
+    model = load_model(manifest, spec, placement.device, placement.dtype, report)
+    if record is not None and record.fingerprint is not None:
+        verify_fingerprint(record.fingerprint, model, spec, placement.device, placement.dtype)
+    return model
 
 
 def _info(
@@ -89,21 +134,32 @@ def _info(
     model: Model,
     size: KvSize,
     measured: Measured,
-    seconds: float,
+    scales: Sequence[torch.Tensor],
 ) -> EngineInfo:
     return EngineInfo(
         name=spec.name,
-        fingerprint=_fingerprint(spec, manifest, placement),
+        fingerprint=_fingerprint(spec, manifest, placement, scales),
         device=str(placement.device),
         dtype=dtype_name(placement.dtype),
         kv_dtype=dtype_name(placement.kv_dtype),
         weight_bytes=model.weight_bytes,
         kv_bytes=size.blocks * kv_cache.block_bytes(model.kv_layout, kv_cache.BLOCK_SIZE, placement.kv_dtype),
         threads=torch.get_num_threads(),
-        load_seconds=seconds,
+        load_seconds=0.0,
         vocab_size=model.vocab_size,
         measured=measured,
     )
+
+
+def _kv_scales(
+    spec: EngineSpec, manifest: Manifest, placement: Placement, model: Model, model_len: int
+) -> tuple[torch.Tensor, ...]:
+    """Of an fp8 cache, each layer's; none of any other."""
+    if placement.kv_dtype is not torch.float8_e4m3fn:
+        return ()
+    if placement.device.type == "cpu":
+        _log.warning("%s: over fp8 KV the CPU's attention runs in plain torch, several times slower", spec.name)
+    return choose_scales(model, manifest.bos_token_id, model_len, placement.dtype, placement.device)
 
 
 def _model_len(spec: EngineSpec, manifest: Manifest) -> int:
@@ -122,12 +178,10 @@ def _measure(
 ) -> Measured:
     """Chooses threads and the size of the largest step, and runs that step to see what memory it needs."""
     on_cpu = placement.device.type == "cpu"
-    max_rows = spec.max_batch or (CPU_ROWS if on_cpu else GPU_ROWS)
-    step_tokens = spec.max_step_tokens or (CPU_STEP_TOKENS[0] if on_cpu else GPU_STEP_TOKENS)
-    longest = min(model_len, step_tokens)
-    # On the CPU a step's memory does not depend on the contexts, and long ones would take seconds here.
-    context = longest if on_cpu else min(model_len, max(longest, PROBE_CONTEXT))
-    probe = Probe(model, max_rows, longest, context, placement.kv_dtype, placement.device, clock)
+    asked = _asked_sizes(spec, model_len, placement.device)
+    step_tokens, longest = asked.step_tokens, min(model_len, asked.step_tokens)
+    context, kv_dtype = asked.probe_context, placement.kv_dtype
+    probe = Probe(model, asked.max_rows, longest, context, kv_dtype, placement.device, clock)
     cores = threads = 0
     cost = StepCost(0.0, 0.0)
     if on_cpu and spec.threads is None:
@@ -136,10 +190,8 @@ def _measure(
     if on_cpu and spec.max_step_tokens is None:
         tokens = min(PROBE_TOKENS, longest)
         step_tokens = choose_step_tokens(best_time(lambda: probe.prompt(tokens), clock) / tokens)
-    # Each row must find room for one token in every step.
-    if spec.max_step_tokens is None:
-        step_tokens = max(step_tokens, max_rows)
-    max_rows = min(max_rows, step_tokens)
+    settled = _settled(spec, msgspec.structs.replace(asked, step_tokens=step_tokens))
+    max_rows, step_tokens = settled.max_rows, settled.step_tokens
     workspace = measure_workspace(placement.device, lambda: probe.largest_step(max_rows, step_tokens))
     workspace += state_bytes(model, max_rows, step_tokens, model_len, kv_cache.BLOCK_SIZE, placement.device)
     workspace += _graph_memory(placement.device, spec.memory_limit)
@@ -154,6 +206,28 @@ def _measure(
         # A GPU's steps run as graphs, which are captured later and take a fraction of the time that a step takes here.
         profile=profile.measure(probe, max_rows, min(longest, step_tokens), clock) if on_cpu else (),
     )
+
+
+def _asked_sizes(spec: EngineSpec, model_len: int, device: torch.device) -> Sizes:
+    """What the user asked for, or the device's defaults."""
+    on_cpu = device.type == "cpu"
+    step_tokens = spec.max_step_tokens or (CPU_STEP_TOKENS[0] if on_cpu else GPU_STEP_TOKENS)
+    longest = min(model_len, step_tokens)
+    return Sizes(
+        max_rows=spec.max_batch or (CPU_ROWS if on_cpu else GPU_ROWS),
+        step_tokens=step_tokens,
+        model_len=model_len,
+        # On the CPU a step's memory does not depend on the contexts, and long ones would take seconds here.
+        probe_context=longest if on_cpu else min(model_len, max(longest, PROBE_CONTEXT)),
+    )
+
+
+def _settled(spec: EngineSpec, sizes: Sizes) -> Sizes:
+    """Each row must find room for one token in every step."""
+    step_tokens = sizes.step_tokens
+    if spec.max_step_tokens is None:
+        step_tokens = max(step_tokens, sizes.max_rows)
+    return msgspec.structs.replace(sizes, step_tokens=step_tokens, max_rows=min(sizes.max_rows, step_tokens))
 
 
 def _governor(measured: Measured, clock: Callable[[], float]) -> ThreadGovernor | None:
@@ -192,6 +266,8 @@ def _size_kv(spec: EngineSpec, model: Model, placement: Placement, model_len: in
     )
 
 
-def _fingerprint(spec: EngineSpec, manifest: Manifest, placement: Placement) -> str:
-    parts = (manifest.fingerprint, dtype_name(placement.dtype), dtype_name(placement.kv_dtype), spec.random_weights)
+def _fingerprint(spec: EngineSpec, manifest: Manifest, placement: Placement, scales: Sequence[torch.Tensor]) -> str:
+    """The same bytes mean other numbers under other scales."""
+    dtypes = dtype_name(placement.dtype), dtype_name(placement.kv_dtype)
+    parts = (manifest.fingerprint, *dtypes, spec.random_weights, [layer.tolist() for layer in scales])
     return hashlib.sha256(repr(parts).encode()).hexdigest()

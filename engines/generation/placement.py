@@ -9,6 +9,9 @@ import torch
 from engines.protocol import EngineLoadError, EngineSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
+OLDEST_FP8 = (8, 9)
+"""Compute capability of the first GPUs that convert to and from fp8 (Ada Lovelace)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +35,23 @@ def choose_placement(spec: EngineSpec, stored_dtype: str) -> Placement:
     else:
         dtype = _dtype(spec, "dtype", spec.dtype, device)
     kv_dtype = dtype if spec.kv_dtype == "auto" else _dtype(spec, "kv-dtype", spec.kv_dtype, device)
+    if kv_dtype is KV_DTYPES["fp8"] and device.type == "cuda":
+        require_fp8(spec.name, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     return Placement(device, dtype, kv_dtype)
+
+
+def require_fp8(name: str, gpu: str, capability: tuple[int, int]) -> None:
+    """Raises EngineLoadError if a GPU of this compute capability has no fp8."""
+    if capability < OLDEST_FP8:
+        raise EngineLoadError(
+            f"{name}: --kv-dtype fp8 needs a GPU of compute capability {'.'.join(map(str, OLDEST_FP8))} or newer, and "
+            f"{gpu} has {'.'.join(map(str, capability))}; use --kv-dtype auto"
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The name under which users know it."""
-    return str(dtype).removeprefix("torch.")
+    return next(name for name, known in KV_DTYPES.items() if known is dtype)
 
 
 def _device(spec: EngineSpec) -> torch.device:
@@ -69,9 +83,10 @@ def _cuda_device(spec: EngineSpec, device: torch.device) -> torch.device:
 
 
 def _dtype(spec: EngineSpec, option: str, name: str, device: torch.device) -> torch.dtype:
-    dtype = DTYPES.get(name)
+    known = KV_DTYPES if option == "kv-dtype" else DTYPES
+    dtype = known.get(name)
     if dtype is None:
-        raise EngineLoadError(f"{spec.name}: unknown --{option} {name!r}; use auto, {', '.join(DTYPES)}")
+        raise EngineLoadError(f"{spec.name}: unknown --{option} {name!r}; use auto, {', '.join(known)}")
     if dtype is torch.float16 and device.type == "cpu":
         raise EngineLoadError(f"{spec.name}: --{option} float16 is slow and inexact on a CPU; use float32 or bfloat16")
     return dtype

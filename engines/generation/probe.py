@@ -60,12 +60,7 @@ class Probe:
 
     def largest_step(self, max_rows: int, max_step_tokens: int) -> None:
         """One decode a row but for the last ones, whose prompts fill the step, all at the end of a full context."""
-        decodes = min(max_rows, max_step_tokens) - 1
-        left = max_step_tokens - decodes
-        prompts = [self._longest] * (left // self._longest)
-        if left % self._longest:
-            prompts.append(left % self._longest)
-        counts = ([1] * decodes + prompts)[-max_rows:]
+        counts = largest_counts(max_rows, max_step_tokens, self._longest)
         self._step([(self._context - count, count) for count in counts], COSTLIEST, PROMPT_LOGPROBS)
 
     def _step(self, rows: list[tuple[int, int]], sampling: SamplingParams, prompt_logprobs: int | None) -> StepResult:
@@ -90,3 +85,13 @@ class Probe:
             for slot, (start, count) in enumerate(rows)
         )
         return self._runner.run(StepPlan(step=0, engine="", admits=admits, rows=plan_rows)).result()
+
+
+def largest_counts(max_rows: int, max_step_tokens: int, longest: int) -> list[int]:
+    """Tokens of each row of the largest step: one a row but for the last ones, whose prompts fill it."""
+    decodes = min(max_rows, max_step_tokens) - 1
+    left = max_step_tokens - decodes
+    prompts = [longest] * (left // longest)
+    if left % longest:
+        prompts.append(left % longest)
+    return ([1] * decodes + prompts)[-max_rows:]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from engines.generation.truncation import min_p_threshold, top_k_threshold, top_p_threshold
-from engines.kernels import gumbel_noise
+from engines.kernels import argmax, gumbel_noise
 
 GREEDY, PLAIN, MIN_P, TOP_K, TOP_K_TOP_P, TOP_P = range(6)
 """How a row draws; rows are sorted by this, so that each operation works on one slice."""
@@ -53,9 +53,9 @@ def draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     """
     plain, rows = draws.kind_starts[PLAIN], logits.shape[0]
     if plain == rows:
-        return logits.argmax(dim=-1)
+        return argmax(logits)
     drawn = _draw_noisily(logits, draws, plain)
-    return torch.cat((logits[:plain].argmax(dim=-1), drawn)) if plain else drawn
+    return torch.cat((argmax(logits[:plain]), drawn)) if plain else drawn
 
 
 def _draw_noisily(logits: torch.Tensor, draws: Draws, plain: int) -> torch.Tensor:
@@ -66,7 +66,7 @@ def _draw_noisily(logits: torch.Tensor, draws: Draws, plain: int) -> torch.Tenso
     if truncated < scores.shape[0]:
         _rule_out(scores[truncated:], draws)
     scores += gumbel_noise(noise.seeds[plain:], noise.choices[plain:], noise.positions[plain:], logits.shape[1])
-    return scores.argmax(dim=-1)
+    return argmax(scores)
 
 
 def _rule_out(scaled: torch.Tensor, draws: Draws) -> None:

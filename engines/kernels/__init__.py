@@ -37,12 +37,14 @@ from engines.kernels.matrices import (
     Matrix,
     QuantizedMatrix,
     dense,
+    matrix_bytes,
     stack_rows,
+    take_rows,
 )
 from engines.kernels.native import NativeStatus, native_status
 from engines.kernels.quantized import QuantizedLinear, pack_quantized, quantized_product
 from engines.kernels.reference import AttentionBatch
-from engines.kernels.sampling import gumbel_noise
+from engines.kernels.sampling import argmax, gumbel_noise
 
 __all__ = [
     "PLAIN",
@@ -68,12 +70,14 @@ __all__ = [
     "Router",
     "RoutingRule",
     "TritonStatus",
+    "argmax",
     "compose_output",
     "dense",
     "grouped_query_attention",
     "gumbel_noise",
     "latent_attention",
     "linear",
+    "matrix_bytes",
     "mixture",
     "mla_attention",
     "native_status",
@@ -89,6 +93,7 @@ __all__ = [
     "rope_write_kv",
     "silu_mul",
     "stack_rows",
+    "take_rows",
     "triton_status",
     "write_kv",
     "write_latent",

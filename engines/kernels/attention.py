@@ -39,8 +39,8 @@ def grouped_query_attention(
     heads, kv_heads = shape.heads, shape.kv_heads
     if batch.decode_rows == batch.context_lengths.shape[0]:
         triton = backends.triton_for(qkv, *cache)
-        if triton is not None and triton.fits_grouped(qkv, *cache):
-            return triton.attend_decodes(qkv, shape, (cache[0], cache[1]), batch)
+        if triton is not None and triton.fits_grouped(qkv, *cache[:2]):
+            return triton.attend_decodes(qkv, shape, cache, batch)
     split = qkv.view(-1, heads + 2 * kv_heads, shape.head_dim)
     queries, keys, values = split.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
     if shape.query_norm is not None and shape.key_norm is not None:
@@ -65,8 +65,15 @@ def paged_attention(
 
     The query at position p attends to positions 0 .. p of its row.
     """
-    keys, values = cache
-    return _attention(queries, keys, values, batch, scale)
+    keys, values, *scales = cache
+    triton = backends.triton_for(queries, *cache)
+    if triton is not None and triton.fits_grouped(queries, keys, values):
+        return triton.grouped_attention(queries, cache, batch, scale)
+    if not scales:
+        return _attention(queries, keys, values, batch, scale)
+    group = queries.shape[1] // keys.shape[2]
+    of_heads: torch.Tensor = scales[0].to(queries.dtype).repeat_interleave(group, 1).unsqueeze(-1)
+    return _attention(queries * of_heads[0], keys, values, batch, scale) * of_heads[1]
 
 
 def mla_attention(
@@ -76,8 +83,13 @@ def mla_attention(
 
     All heads share one key, the whole latent, and one value, its first ``value_width`` entries.
     """
-    latents = cache[0].unsqueeze(2)
-    return _attention(queries, latents, latents[..., :value_width], batch, scale)
+    latents, *scales = cache
+    keys = latents.unsqueeze(2)
+    values = keys[..., :value_width]
+    if not scales:
+        return _attention(queries, keys, values, batch, scale)
+    factors = scales[0].to(queries.dtype)
+    return _attention(queries * factors, keys, values, batch, scale) * factors[:value_width]
 
 
 def _attention(
@@ -88,8 +100,6 @@ def _attention(
     if queries.is_cpu:
         return reference.attention(queries, keys, values, batch, scale)
     triton = backends.triton_for(queries, keys, values)
-    if triton is not None and triton.fits_grouped(queries, keys, values):
-        return triton.grouped_attention(queries, (keys, values), batch, scale)
     if triton is not None and triton.fits_attention(keys, values):
         return triton.attention(queries, keys, values, batch, scale)
     return reference.padded_attention(queries, keys, values, batch, scale)

@@ -7,11 +7,12 @@ import torch
 from engines.kernels.cuda import TritonKernels, shared_triton
 from engines.kernels.native import shared_native
 from engines.kernels.native.library import TYPE_CODES
+from engines.kernels.reference import FP8
 
 native = shared_native()
 """The C library for CPU tensors; None where it cannot be used."""
 
-TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16, FP8)
 
 
 def fits_native(*tensors: torch.Tensor) -> bool:
@@ -24,8 +25,11 @@ def fits_native(*tensors: torch.Tensor) -> bool:
 
 
 def triton_for(*tensors: torch.Tensor) -> TritonKernels | None:
-    """The Triton kernels, if all lie on a GPU in types that they know, with a contiguous last dimension."""
+    """The Triton kernels, if all lie on a GPU in types that they know, with a contiguous last dimension.
+
+    Tensors on the meta device count as a GPU's: there are kernels for them in a rehearsal only.
+    """
     for tensor in tensors:
-        if not tensor.is_cuda or tensor.dtype not in TRITON_TYPES or tensor.stride(-1) != 1:
+        if tensor.is_cpu or tensor.dtype not in TRITON_TYPES or tensor.stride(-1) != 1:
             return None
     return shared_triton()

@@ -1,6 +1,8 @@
 """Norms, gating, rope and cache writes: one signature each, the fastest implementation that fits.
 
-Shapes: T flat tokens of a step, Hq query heads, Hk key/value heads, D head dimension.
+Shapes: T flat tokens of a step, Hq query heads, Hk key/value heads, D head dimension. A cache is a tuple: keys and
+values, or the latents of MLA, and where they are fp8 (e4m3) their scales: (2, Hk) float32 of keys and values, (C,) of
+latents. A scale is a power of two, so that to divide or multiply by it is exact.
 """
 
 from __future__ import annotations
@@ -58,8 +60,7 @@ def rope_write_kv(
     """``rope_``, then ``write_kv`` of the rotated keys. Queries are rotated in place; ``keys`` may stay as they are."""
     same_shape = keys.shape == values.shape and cache[0].shape == cache[1].shape
     if same_shape and (triton := backends.triton_for(queries, keys, values, *cache)) is not None:
-        pair = cache[0], cache[1]
-        triton.rope_write_kv(queries, keys, values, positions, cos_sin, interleaved, pair, cache_slots)
+        triton.rope_write_kv(queries, keys, values, positions, cos_sin, interleaved, cache, cache_slots)
         return
     rope_(queries, keys, positions, cos_sin, interleaved)
     write_kv(keys, values, cache, cache_slots)
@@ -69,12 +70,17 @@ def write_kv(
     keys: torch.Tensor, values: torch.Tensor, cache: tuple[torch.Tensor, ...], cache_slots: torch.Tensor
 ) -> None:
     """Write (T, Hk, D) keys and values into the (blocks, block_size, Hk, D) caches at (T,) slots."""
+    if len(cache) > 2:
+        scales = cache[2].unsqueeze(-1)
+        keys, values = reference.quantize(keys, scales[0]), reference.quantize(values, scales[1])
     _write_cache(keys, cache[0], cache_slots)
     _write_cache(values, cache[1], cache_slots)
 
 
 def write_latent(latent: torch.Tensor, cache: tuple[torch.Tensor, ...], cache_slots: torch.Tensor) -> None:
     """Write (T, C) latents into the (blocks, block_size, C) cache at (T,) slots."""
+    if len(cache) > 1:
+        latent = reference.quantize(latent, cache[1])
     _write_cache(latent, cache[0], cache_slots)
 
 

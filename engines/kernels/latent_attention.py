@@ -81,19 +81,20 @@ def latent_attention(
     """Norm and rope of the latents, rope of the queries, cache write, attention.
 
     ``queries`` is (T, heads * (nope + rope)), ``latents`` (T, rank + rope), both as their linear layers give them;
-    both may be overwritten. The cache is (blocks, block_size, rank + rope). Returns (T, heads * value).
+    both may be overwritten. The cache is (blocks, block_size, rank + rope), and in fp8 the scales of its columns, of
+    which the latent's have one and the rope part's another. Returns (T, heads * value).
     """
     up = shape.up
     queries = queries.view(-1, up.heads, up.nope + shape.rope)
     if up.stacked is not None and queries.dtype is torch.bfloat16 and batch.decode_rows is not None:
-        triton = backends.triton_for(queries, latents, cache[0])
+        triton, scales = backends.triton_for(queries, latents, *cache), cache[1] if len(cache) > 1 else None
         if triton is not None and triton.fits_latents(shape):
             if batch.decode_rows == batch.context_lengths.shape[0]:
-                return triton.attend_latents(queries, latents, shape, cache[0], batch)
+                return triton.attend_latents(queries, latents, shape, cache[0], batch, scales)
             blocks = _prompt_blocks(batch, cache[0].shape[1])
             if blocks * cache[0].shape[1] <= MOST_EXPANDED and triton.fits_prompts(shape):
                 decodes = batch.decode_rows
-                return triton.attend_mixed_latents(queries, latents, shape, cache[0], batch, decodes, blocks)
+                return triton.attend_mixed_latents(queries, latents, shape, cache[0], batch, decodes, blocks, scales)
     return _composed(queries, latents, shape, cache, batch)
 
 

@@ -100,7 +100,7 @@ def pack_dense(weight: torch.Tensor) -> PackedLinear:
     if weight.is_cpu and weight.dtype is torch.bfloat16 and _has_onednn_bfloat16():
         blocks = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return PackedLinear(blocks, "onednn", out_features, in_features)
-    if weight.is_cuda:
+    if weight.is_cuda or weight.is_meta:
         if (triton := backends.triton_for(weight)) is not None:
             triton.reserve_skinny(weight.device)
         if weight.data_ptr() % WEIGHT_ALIGNMENT or not weight.is_contiguous():

@@ -5,7 +5,7 @@ Every class defines its values by ``dequantize``; what a kernel computes is comp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -82,14 +82,17 @@ class Float8Matrix:
 
 @dataclass(frozen=True, slots=True)
 class CodebookMatrix:
-    """``weight[o, i] = codebook[o, i // group, codes[o, i]]``: freely placed levels instead of an even grid."""
+    """``weight[o, i] = codebook[o, i // book, codes[o, i]] * scale[o, i // group]``, computed in float32: freely placed
+    levels instead of an even grid."""
 
     codes: torch.Tensor
     """(out, in) uint8, each below ``2 ** bits``."""
     bits: int
     codebook: torch.Tensor
-    """(out, groups, 2 ** bits) float32."""
+    """(out, books, 2 ** bits) float32; one book a row where there are scales."""
     activations: Activations = "float"
+    scale: torch.Tensor | None = None
+    """(out, groups) float32, of either sign; None: 1."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,13 +100,16 @@ class CodebookMatrix:
 
     @property
     def group_size(self) -> int:
-        """Columns that share a codebook."""
-        return self.codes.shape[1] // self.codebook.shape[1]
+        """Columns that share a codebook and a scale."""
+        return self.codes.shape[1] // (self.codebook if self.scale is None else self.scale).shape[1]
 
     def dequantize(self) -> torch.Tensor:
         """(out, in) float32."""
         grouped = self.codes.view(self.codes.shape[0], self.codebook.shape[1], -1).long()
-        return self.codebook.gather(2, grouped).view(self.codes.shape)
+        values = self.codebook.gather(2, grouped).view(self.codes.shape)
+        if self.scale is None:
+            return values
+        return (values.view(*self.scale.shape, -1) * self.scale.unsqueeze(-1)).view(self.codes.shape)
 
 
 QuantizedMatrix: TypeAlias = IntegerMatrix | Float8Matrix | CodebookMatrix
@@ -113,6 +119,28 @@ Matrix: TypeAlias = torch.Tensor | QuantizedMatrix
 def dense(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """(out, in) in ``dtype``."""
     return (matrix if isinstance(matrix, torch.Tensor) else matrix.dequantize()).to(dtype)
+
+
+def matrix_bytes(matrix: Matrix) -> int:
+    """Bytes of all its tensors."""
+    if isinstance(matrix, torch.Tensor):
+        return matrix.nbytes
+    parts = (getattr(matrix, field.name) for field in fields(matrix))
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+
+
+def take_rows(matrix: QuantizedMatrix, rows: torch.Tensor) -> QuantizedMatrix:
+    """The matrix of some rows alone: (R,) int64 numbers of rows, in any order."""
+    if isinstance(matrix, CodebookMatrix):
+        scale = None if matrix.scale is None else matrix.scale[rows]
+        return replace(matrix, codes=matrix.codes[rows], codebook=matrix.codebook[rows], scale=scale)
+    if isinstance(matrix, IntegerMatrix):
+        offset = None if matrix.offset is None else matrix.offset[rows]
+        return replace(matrix, codes=matrix.codes[rows], scale=matrix.scale[rows], offset=offset)
+    # A scale for each row: those taken need not be neighbours.
+    return replace(
+        matrix, codes=matrix.codes[rows], scale=matrix.scale[rows // matrix.block[0]], block=(1, matrix.block[1])
+    )
 
 
 def stack_rows(matrices: list[Matrix]) -> Matrix | None:
@@ -135,10 +163,12 @@ def stack_rows(matrices: list[Matrix]) -> Matrix | None:
         )
     if isinstance(first, CodebookMatrix):
         books = [each for each in matrices if isinstance(each, CodebookMatrix)]
+        scales = [each.scale for each in books if each.scale is not None]
         return replace(
             first,
             codes=torch.cat([each.codes for each in books]),
             codebook=torch.cat([each.codebook for each in books]),
+            scale=torch.cat(scales) if scales else None,
         )
     floats = [each for each in matrices if isinstance(each, Float8Matrix)]
     return replace(
@@ -157,7 +187,8 @@ def _format(matrix: Matrix) -> tuple[object, ...] | None:
     if isinstance(matrix, torch.Tensor):
         return ("plain", matrix.dtype)
     if isinstance(matrix, CodebookMatrix):
-        return ("codebook", matrix.bits, matrix.codebook.shape[1], matrix.activations)
+        groups = 0 if matrix.scale is None else matrix.scale.shape[1]
+        return ("codebook", matrix.bits, matrix.codebook.shape[1], groups, matrix.activations)
     if matrix.input_scale is not None:
         return None
     if isinstance(matrix, IntegerMatrix):

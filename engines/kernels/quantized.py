@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from engines.kernels.matrices import QuantizedMatrix
+from engines.kernels.quantized_cpu import pack_native
 
 if TYPE_CHECKING:
     from engines.kernels.linear import Fusion
@@ -56,7 +57,8 @@ class PlainQuantized:
 
 def pack_quantized(matrix: QuantizedMatrix) -> QuantizedLinear:
     """The fastest implementation that there is for this matrix on its device."""
-    return PlainQuantized(matrix)
+    packed = pack_native(matrix) if matrix.codes.is_cpu else None
+    return packed or PlainQuantized(matrix)
 
 
 def quantized_product(x: torch.Tensor, matrix: QuantizedMatrix, bias: torch.Tensor | None) -> torch.Tensor:

@@ -15,6 +15,8 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 LOW_32 = 0xFFFFFFFF
 PADDED_BYTES = 256 << 20
+FP8 = torch.float8_e4m3fn
+LARGEST_FP8 = 448.0
 PADDED_QUERIES, PADDED_KEYS = 256, 1024
 """Queries and keys of a row that ``padded_attention`` multiplies at once."""
 
@@ -99,6 +101,11 @@ def rope_(
         second.copy_(new_second)
 
 
+def quantize(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """``x / scales`` in e4m3, rounded to even; what is larger than it can hold becomes the largest. NaN stays NaN."""
+    return (x.float() / scales).clamp(-LARGEST_FP8, LARGEST_FP8).to(FP8)
+
+
 def write_cache(entries: torch.Tensor, cache: torch.Tensor, cache_slots: torch.Tensor) -> None:
     """Write (T, ...) entries into a (blocks, block_size, ...) cache at slots ``block_id * block_size + offset``."""
     cache.view(-1, *cache.shape[2:])[cache_slots] = entries.to(cache.dtype)
@@ -121,15 +128,17 @@ def attention(
     output = queries.new_empty(*queries.shape[:2], values.shape[-1])
     starts, positions, tables = batch.query_starts.tolist(), batch.positions.tolist(), row_tables(batch)
     for row in range(len(starts) - 1):
-        blocks = tables[row].long()
-        row_keys = keys[blocks].flatten(0, 1).transpose(0, 1)
-        row_values = values[blocks].flatten(0, 1).transpose(0, 1)
+        longest = max((positions[token] + 1 for token in range(starts[row], starts[row + 1])), default=0)
+        blocks = tables[row, : -(-longest // keys.shape[1])].long()
+        row_keys, row_values = (
+            cache[blocks].flatten(0, 1).transpose(0, 1).to(queries.dtype) for cache in (keys, values)
+        )
         for token in range(starts[row], starts[row + 1]):
             context = positions[token] + 1
             output[token] = functional.scaled_dot_product_attention(
                 queries[token].unsqueeze(1),
-                row_keys[:, :context].to(queries.dtype),
-                row_values[:, :context].to(queries.dtype),
+                row_keys[:, :context],
+                row_values[:, :context],
                 scale=scale,
                 enable_gqa=True,
             ).squeeze(1)
@@ -199,7 +208,7 @@ def _attend_padded(
         visible_at = torch.arange(block * block_size, (block + blocks.shape[1]) * block_size, device=queries.device)
         # A slot that no token was ever written to may hold anything; its weight is 0, and 0 * NaN would still be NaN.
         written = (visible_at < batch.context_lengths[part].unsqueeze(1))[:, :, None, None]
-        found = [cache[blocks].flatten(1, 2).where(written, 0).float().transpose(1, 2) for cache in (keys, values)]
+        found = [cache[blocks].flatten(1, 2).float().where(written, 0).transpose(1, 2) for cache in (keys, values)]
         hidden = (visible_at > positions.unsqueeze(-1))[:, None, None]
         scores = torch.matmul(asked, found[0].transpose(-1, -2))
         scores.view(len(rows), kv_heads, -1, size, blocks.shape[1] * block_size).masked_fill_(hidden, -torch.inf)

@@ -8,7 +8,7 @@ import torch
 
 LayerCache = tuple[torch.Tensor, ...]
 """KV bytes of one layer: GQA has (keys, values), each (blocks, block_size, kv_heads, head_dim);
-MLA has (latent,), (blocks, block_size, kv_lora_rank + rope_dim)."""
+MLA has (latent,), (blocks, block_size, kv_lora_rank + rope_dim). In fp8 the scales follow, ``KvLayout.scale_shape``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,14 @@ class KvLayout:
 
     layers: int
     token_shapes: tuple[tuple[int, ...], ...]
+    latent_rank: int | None = None
+    """Of MLA: so many entries of the latent have one scale, those behind them, which carry the position, another."""
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of a layer's float32 scales: (2, kv_heads) of keys and values, or one for each column of the latent."""
+        heads_or_columns = self.token_shapes[0][0]
+        return (len(self.token_shapes), heads_or_columns) if self.latent_rank is None else (heads_or_columns,)
 
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes that one token takes over all layers."""

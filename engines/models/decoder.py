@@ -40,18 +40,18 @@ class GroupedQueryAttention:
 
 def build_layers(config: DecoderConfig, builder: ModelBuilder, cos_sin: torch.Tensor) -> tuple[Layer, ...]:
     """``cos_sin`` is the rope table, (positions, head_dim) float32."""
-    layers = []
-    for index in range(config.layers):
-        name = f"model.layers.{index}"
-        layers.append(
-            Layer(
-                builder.norm(f"{name}.input_layernorm.weight", config.hidden, config.eps),
-                GroupedQueryAttention(config, builder, f"{name}.self_attn", cos_sin),
-                builder.norm(f"{name}.post_attention_layernorm.weight", config.hidden, config.eps),
-                builder.mlp(f"{name}.mlp", config.hidden, config.intermediate, config.mlp_bias),
-            )
-        )
-    return tuple(layers)
+    return tuple(build_layer(config, builder, cos_sin, index) for index in range(config.layers))
+
+
+def build_layer(config: DecoderConfig, builder: ModelBuilder, cos_sin: torch.Tensor, index: int) -> Layer:
+    """One of them alone."""
+    name = f"model.layers.{index}"
+    return Layer(
+        builder.norm(f"{name}.input_layernorm.weight", config.hidden, config.eps),
+        GroupedQueryAttention(config, builder, f"{name}.self_attn", cos_sin),
+        builder.norm(f"{name}.post_attention_layernorm.weight", config.hidden, config.eps),
+        builder.mlp(f"{name}.mlp", config.hidden, config.intermediate, config.mlp_bias),
+    )
 
 
 def kv_layout(config: DecoderConfig, builder: ModelBuilder) -> KvLayout:

@@ -72,23 +72,25 @@ def build_layers(
     config: DeepseekConfig, builder: ModelBuilder, cos_sin: torch.Tensor, uniform_routing: bool
 ) -> tuple[Layer, ...]:
     """``cos_sin`` is the rope table, (positions, rope_dim) float32. ``uniform_routing`` draws experts at random."""
-    layers = []
-    for index in range(config.layers):
-        name = f"model.layers.{index}"
-        dense = index < config.moe.dense_layers
-        layers.append(
-            Layer(
-                builder.norm(f"{name}.input_layernorm.weight", config.hidden, config.eps),
-                LatentAttention(config, builder, f"{name}.self_attn", cos_sin),
-                builder.norm(f"{name}.post_attention_layernorm.weight", config.hidden, config.eps),
-                builder.mlp(f"{name}.mlp", config.hidden, config.intermediate)
-                if dense
-                else Experts(config.moe, config.hidden, builder, f"{name}.mlp", index if uniform_routing else None),
-            )
-        )
-    return tuple(layers)
+    return tuple(build_layer(config, builder, cos_sin, index, uniform_routing) for index in range(config.layers))
+
+
+def build_layer(
+    config: DeepseekConfig, builder: ModelBuilder, cos_sin: torch.Tensor, index: int, uniform_routing: bool = False
+) -> Layer:
+    """One of them alone."""
+    name = f"model.layers.{index}"
+    dense = index < config.moe.dense_layers
+    return Layer(
+        builder.norm(f"{name}.input_layernorm.weight", config.hidden, config.eps),
+        LatentAttention(config, builder, f"{name}.self_attn", cos_sin),
+        builder.norm(f"{name}.post_attention_layernorm.weight", config.hidden, config.eps),
+        builder.mlp(f"{name}.mlp", config.hidden, config.intermediate)
+        if dense
+        else Experts(config.moe, config.hidden, builder, f"{name}.mlp", index if uniform_routing else None),
+    )
 
 
 def kv_layout(config: DeepseekConfig) -> KvLayout:
     """Every rank holds the whole latent."""
-    return KvLayout(config.layers, ((config.kv_lora_rank + config.rope.dim,),))
+    return KvLayout(config.layers, ((config.kv_lora_rank + config.rope.dim,),), latent_rank=config.kv_lora_rank)

@@ -5,14 +5,28 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from torch.nn import functional
 
 from engines import kernels
-from engines.kernels import PLAIN, Fusion, Matrix, PackedExperts, PackedWeight, RmsNorm, Router
+from engines.kernels import (
+    PLAIN,
+    Fusion,
+    Matrix,
+    PackedExperts,
+    PackedWeight,
+    RmsNorm,
+    Router,
+    dense,
+    matrix_bytes,
+    take_rows,
+)
 from engines.models.batch import Batch
 from engines.models.config import MoeConfig
+from engines.models.weights import CountingSource
 from engines.protocol import EngineLoadError
 from engines.quant.base import LinearLayout, LinearPart, Split, WeightSource
 from engines.quant.methods import Methods
+from engines.quantization import HEAD_LAYER
 
 
 class Linear:
@@ -25,6 +39,40 @@ class Linear:
     def __call__(self, x: torch.Tensor, fusion: Fusion = PLAIN) -> torch.Tensor:
         """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
         return kernels.linear(x, self._packed, self._bias, fusion)
+
+
+class Embedding:
+    """A row of the hidden size for each token id, in some weight format."""
+
+    def __init__(self, table: Matrix, dtype: torch.dtype) -> None:
+        """``table`` is (vocab, hidden); rows come out in ``dtype``."""
+        self.table = table
+        self.dtype = dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Vocabulary and hidden size."""
+        return self.table.shape[0], self.table.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device if isinstance(self.table, torch.Tensor) else self.table.codes.device
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the rows that come out."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Of the table."""
+        return matrix_bytes(self.table)
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """(T,) int64 -> (T, hidden)."""
+        if isinstance(self.table, torch.Tensor):
+            return functional.embedding(token_ids, self.table)
+        return dense(take_rows(self.table, token_ids), self.dtype)
 
 
 class ExpertProducts:
@@ -84,13 +132,13 @@ class Mlp:
 
 
 class ModelBuilder:
-    """Makes layers out of a weight source. On the ``meta`` device it only declares them, to count their bytes."""
+    """Makes layers out of a weight source. Of a ``CountingSource`` it only declares them."""
 
     def __init__(self, source: WeightSource, methods: Methods, packing: Packing | None = None) -> None:
         self.source = source
         self.methods = methods
         self.packing = packing or KernelPacking()
-        self.counting = source.device.type == "meta"
+        self.counting = isinstance(source, CountingSource)
 
     def share(self, count: int, what: str) -> int:
         """This rank's share of ``count`` heads or experts. Raises EngineLoadError if they cannot be shared evenly."""
@@ -169,9 +217,15 @@ class ModelBuilder:
             self.linear({f"{name}.down_proj": hidden}, intermediate, "in", bias),
         )
 
-    def plain(self, weight: torch.Tensor) -> Linear:
-        """A linear layer without a weight format out of an (out, in) tensor."""
-        return Linear(_uncounted([weight]) if self.counting else kernels.pack_linear(weight), None)
+    def embedding(self, name: str, vocab: int, hidden: int, dtype: torch.dtype) -> Embedding:
+        """``name`` without ``.weight``; every rank has it whole."""
+        return Embedding(self.matrix(name, vocab, hidden, "none"), dtype)
+
+    def head(self, embedding: Embedding) -> Linear:
+        """The output layer of a model that has the same weight for it as for its embedding."""
+        layout = _layout({HEAD_LAYER: embedding.shape[0]}, embedding.shape[1], "none", bias=False)
+        matrices = [embedding.table]
+        return Linear(_uncounted(matrices) if self.counting else self.packing.linear(layout, matrices), None)
 
 
 def _uncounted(matrices: list[Matrix]) -> PackedWeight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -11,18 +12,20 @@ from engines.manifest import Manifest
 from engines.models import decoder, deepseek
 from engines.models.config import DeepseekConfig, ModelConfig, parse_config
 from engines.models.gguf_reader import GgufReader
+from engines.models.kv_scales import stored_scales
 from engines.models.layers import ModelBuilder
 from engines.models.memory import require_memory
 from engines.models.model import Model
 from engines.models.rope import cos_sin_table, table_bytes
 from engines.models.safetensors_reader import SafetensorsReader
-from engines.models.weights import CountingSource, FileSource, Placement, RandomSource, TensorReader
+from engines.models.weights import CountingSource, FileSource, Placement, RandomSource, ShapeSource, TensorReader
 from engines.protocol import EngineLoadError, EngineSpec, LoadProgress, ReportProgress
-from engines.quant.methods import unquantized
+from engines.quant.methods import Methods, methods_of, unquantized
+from engines.quantization import EMBEDDING_LAYER, HEAD_LAYER
 
-__all__ = ["Model", "load_model"]
+__all__ = ["Model", "load_model", "open_weights"]
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = f"{HEAD_LAYER}.weight"
 
 
 def load_model(
@@ -42,48 +45,61 @@ def load_model(
     config = parse_config(manifest)
     placement = Placement(device=device, dtype=dtype, rank=rank, world=world)
     positions = min(manifest.max_context, spec.max_model_len or manifest.max_context)
-    counter = CountingSource(placement)
-    needed = build_model(config, counter, positions).weight_bytes
+    counter, methods = CountingSource(placement), methods_of(manifest.quantization)
+    needed = build_model(config, counter, positions, methods=methods).weight_bytes
     require_memory(spec.name, needed, dtype, device, spec.memory_limit)
     if spec.random_weights is not None:
-        return build_model(config, RandomSource(placement, spec.random_weights), positions, spec.uniform_routing)
+        random = RandomSource(placement, spec.random_weights)
+        return build_model(config, random, positions, spec.uniform_routing, methods)
     if spec.uniform_routing:
         raise EngineLoadError(f"{spec.name}: uniform routing is for measurements with random weights only")
     source = FileSource(placement, _open(manifest), report, counter.taken_bytes)
-    model = build_model(config, source, positions)
+    model = build_model(config, source, positions, methods=methods)
     if config.tied_head and HEAD in source.reader.shapes:
         _check_tied(source, model)
+    kv_heads = None if isinstance(config, DeepseekConfig) else config.kv_heads
+    model = dataclasses.replace(model, kv_scales=stored_scales(source, model.kv_layout, kv_heads))
     source.finish(_ignorable(config))
     report(LoadProgress(phase="read", done=counter.taken_bytes, total=counter.taken_bytes))
     return model
 
 
+def open_weights(manifest: Manifest) -> tuple[TensorReader, Methods]:
+    """The model's files, and how a layer's weight is made of their tensors. Raises EngineLoadError."""
+    return _open(manifest), methods_of(manifest.quantization)
+
+
 def _open(manifest: Manifest) -> TensorReader:
     if manifest.format == "gguf":
-        return GgufReader(manifest.files[0], manifest.config["head_dim"])
+        return GgufReader(manifest.files[0], manifest.config["head_dim"], keep_blocks=True)
     return SafetensorsReader(manifest.files)
 
 
 def build_model(
     config: ModelConfig,
-    source: CountingSource | RandomSource | FileSource,
+    source: ShapeSource | RandomSource | FileSource,
     positions: int,
     uniform_routing: bool = False,
+    methods: Methods = unquantized,
 ) -> Model:
     """Make the model of one weight source; ``positions`` is the longest sequence in tokens.
 
     With ``uniform_routing`` experts, if there are any, are drawn at random.
     """
-    builder = ModelBuilder(source, unquantized)
-    shape = (config.vocab, config.hidden)
-    embedding = builder.tensor(EMBEDDING, shape)
+    builder = ModelBuilder(source, methods)
+    embedding = builder.embedding(EMBEDDING_LAYER, config.vocab, config.hidden, source.placement.dtype)
+    # Its codes are kept one byte each, so that rows can be taken.
+    widened = embedding.nbytes - source.taken_bytes
     cos_sin = cos_sin_table(config.rope, 1 if builder.counting else positions, source.device)
     if isinstance(config, DeepseekConfig):
         layers = deepseek.build_layers(config, builder, cos_sin, uniform_routing)
         layout = deepseek.kv_layout(config)
     else:
         layers, layout = decoder.build_layers(config, builder, cos_sin), decoder.kv_layout(config, builder)
-    head = builder.plain(embedding if config.tied_head else builder.tensor(HEAD, shape))
+    if config.tied_head:
+        head = builder.head(embedding)
+    else:
+        head = builder.linear({HEAD_LAYER: config.vocab}, config.hidden, "none")
     # On the CPU a tied head is a second, packed copy.
     copied = embedding.nbytes if config.tied_head and source.placement.device.type == "cpu" else 0
     return Model(
@@ -94,15 +110,18 @@ def build_model(
         kv_layout=layout,
         vocab_size=config.vocab,
         max_context=positions,
-        weight_bytes=source.taken_bytes + copied + table_bytes(config.rope, positions),
+        weight_bytes=source.taken_bytes + widened + copied + table_bytes(config.rope, positions),
     )
 
 
 def _check_tied(source: FileSource, model: Model) -> None:
     """Some checkpoints store the tied head a second time; it must then be the same."""
-    if not torch.equal(source.take(HEAD, tuple(model.embedding.shape), "none"), model.embedding):
+    table = model.embedding.table
+    head = source.take(HEAD, model.embedding.shape, "none")
+    if not isinstance(table, torch.Tensor) or not torch.equal(head, table):
         raise EngineLoadError(
-            f"tensor {HEAD} differs from {EMBEDDING}, but the config ties them; set tie_word_embeddings to false"
+            f"tensor {HEAD} differs from {EMBEDDING_LAYER}.weight, but the config ties them; "
+            "set tie_word_embeddings to false"
         )
 
 

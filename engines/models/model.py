@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch.nn import functional
 
 from engines.kernels import Fusion, RmsNorm
 from engines.models.batch import Batch, KvLayout, LayerCache
-from engines.models.layers import Linear
+from engines.models.layers import Embedding, Linear
 
 
 class Attention(Protocol):
@@ -35,8 +34,7 @@ class Layer:
 class Model:
     """A loaded model. In float32 on the CPU a token's result does not depend on the other tokens of the step."""
 
-    embedding: torch.Tensor
-    """(vocab, hidden)."""
+    embedding: Embedding
     layers: tuple[Layer, ...]
     final_norm: RmsNorm
     head: Linear
@@ -44,13 +42,15 @@ class Model:
     vocab_size: int
     max_context: int
     """Longest sequence in tokens."""
+    kv_scales: tuple[torch.Tensor, ...] = ()
+    """What the checkpoint says of fp8 KV: one tensor a layer, ``kv_layout.scale_shape``. Empty if it says nothing."""
     weight_bytes: int
     """All that was allocated at load: weights and the table of positions."""
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
         """Write the tokens' KV into ``caches`` (one a layer) and return their residual stream, (T, hidden)."""
-        hidden = functional.embedding(batch.token_ids, self.embedding)
+        hidden = self.embedding(batch.token_ids)
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden = layer.attention(hidden, layer.attention_norm, batch, cache)
             hidden = layer.feed_forward(hidden, layer.feed_forward_norm, batch)

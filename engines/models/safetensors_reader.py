@@ -28,5 +28,6 @@ class SafetensorsReader:
                 raise EngineLoadError(f"{path.name} cannot be read; fetch the model again ({error})") from error
 
     def read(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[name].get_slice(name)[part]
+        file = self._files[name]
+        tensor: torch.Tensor = file.get_slice(name)[part] if part else file.get_tensor(name)
         return tensor

@@ -12,8 +12,11 @@ import torch
 from engines.models.staging import Uploader
 from engines.protocol import EngineLoadError, LoadProgress, ReportProgress
 from engines.quant.base import Split
+from engines.quant.invented import FLOAT8_STD
 
 PROGRESS_STEPS = 100
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_FLOAT8 = 448.0
 EMBEDDING_STD = 0.02
 """Of random embeddings and biases; random matrices keep the size of what goes through them."""
 
@@ -36,7 +39,7 @@ class TensorReader(Protocol):
         """Of all tensors, by their names in a Hugging Face checkpoint."""
 
     def read(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
-        """That part of the tensor, on the CPU in any floating type; it may share the file's memory."""
+        """That part of the tensor, on the CPU as it is stored; it may share the file's memory."""
 
 
 class _Source:
@@ -65,19 +68,30 @@ class _Source:
         return tuple(axes)
 
 
-class CountingSource(_Source):
-    """Tensors without bytes on the ``meta`` device."""
+class ShapeSource(_Source):
+    """Tensors that have no bytes, on the ``meta`` device: of them a model is made to see what its steps launch."""
 
     def __init__(self, placement: Placement) -> None:
         super().__init__(placement)
         self.device = torch.device("meta")
 
-    def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        split: Split,
+        dtype: torch.dtype | None = None,
+        invented: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         extents = [axis.stop - axis.start for axis in self.part(name, shape, split)]
         return self.counted(torch.empty(extents, dtype=dtype or self.placement.dtype, device=self.device))
 
     def skip(self, name: str) -> None:
         """Nothing to do: there are no files."""
+
+
+class CountingSource(ShapeSource):
+    """The same for counting bytes only: layers are declared and never run."""
 
 
 class RandomSource(_Source):
@@ -87,17 +101,37 @@ class RandomSource(_Source):
         super().__init__(placement)
         self.seed = seed
 
-    def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
-        whole = torch.empty(shape, dtype=dtype or self.placement.dtype, device=self.device)
-        if len(shape) == 1 and name.endswith("norm.weight"):
-            whole.fill_(1)
-        else:
-            digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-            generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8], "little"))
-            keeps_size = len(shape) > 1 and not name.endswith("embed_tokens.weight")
-            whole.normal_(0, shape[-1] ** -0.5 if keeps_size else EMBEDDING_STD, generator=generator)
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        split: Split,
+        dtype: torch.dtype | None = None,
+        invented: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        whole = self._whole(name, shape, dtype or self.placement.dtype, invented)
         part = whole[self.part(name, shape, split)]
         return self.counted(whole if part.shape == whole.shape else part.clone())
+
+    def _whole(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, invented: torch.Tensor | None
+    ) -> torch.Tensor:
+        whole = torch.empty(shape, dtype=dtype, device=self.device)
+        if invented is not None:
+            return whole.copy_(invented)
+        if len(shape) == 1 and name.endswith("norm.weight"):
+            return whole.fill_(1)
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8], "little"))
+        if dtype is torch.float8_e4m3fn:
+            noise = torch.empty(shape, dtype=torch.float16, device=self.device)
+            noise.normal_(0, FLOAT8_STD, generator=generator)
+            return whole.copy_(noise.clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8))
+        if not dtype.is_floating_point:
+            whole.view(torch.uint8).random_(0, 256, generator=generator)
+            return whole
+        keeps_size = len(shape) > 1 and not name.endswith("embed_tokens.weight")
+        return whole.normal_(0, shape[-1] ** -0.5 if keeps_size else EMBEDDING_STD, generator=generator)
 
     def skip(self, name: str) -> None:
         """Nothing to do: there are no files."""
@@ -116,14 +150,24 @@ class FileSource(_Source):
         self.used: set[str] = set()
         self._uploader = Uploader(self.device) if self.device.type == "cuda" else None
 
-    def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        split: Split,
+        dtype: torch.dtype | None = None,
+        invented: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         stored = self.reader.shapes.get(name)
         if stored is None:
             raise EngineLoadError(f"tensor {name} is missing in the model's files; fetch the model again")
-        if stored != shape:
+        if stored != shape and (stored, shape) != ((), (1,)):
             raise EngineLoadError(f"tensor {name} has shape {stored} where the config asks for {shape}")
         self.used.add(name)
-        part = self.reader.read(name, self.part(name, shape, split))
+        part = self.reader.read(name, self.part(name, stored, split))
+        if stored != shape:
+            part = part.view(shape)
+        _require_type(name, part.dtype, dtype or self.placement.dtype)
         if self._uploader is not None:
             tensor = self._uploader.upload(part).to(dtype or self.placement.dtype)
         else:
@@ -146,3 +190,14 @@ class FileSource(_Source):
                 f"the model's files hold tensors that its architecture does not use: {', '.join(rest[:3])}{more}; "
                 "config and weights do not belong together, or the architecture is a variant that is not supported"
             )
+
+
+def _require_type(name: str, stored: torch.dtype, wanted: torch.dtype) -> None:
+    """Floats are converted to one another; codes must be what they are read as."""
+    if stored is wanted or (stored in FLOATS and wanted in FLOATS):
+        return
+    expected = "a float of 16 or 32 bits" if wanted in FLOATS else str(wanted).removeprefix("torch.")
+    raise EngineLoadError(
+        f"tensor {name} is stored as {str(stored).removeprefix('torch.')} where the config asks for {expected}; "
+        "config and weights do not belong together"
+    )

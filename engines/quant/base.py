@@ -34,10 +34,20 @@ class WeightSource(Protocol):
     def world(self) -> int:
         """Tensor-parallel processes."""
 
-    def take(self, name: str, shape: tuple[int, ...], split: Split, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        split: Split,
+        dtype: torch.dtype | None = None,
+        invented: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """This rank's part of the tensor whose full shape is ``shape``; own memory, contiguous.
 
-        ``dtype`` None gives the model's. Raises EngineLoadError, naming the tensor, if it is missing or differs.
+        ``dtype`` None gives the model's. Floats of 16 and 32 bits are converted to one another; integers and float8
+        must be stored as asked for. A stored scalar counts as of shape (1,). ``invented``, which broadcasts to the
+        shape, is what a source of random weights gives instead of noise. Raises EngineLoadError, naming the tensor, if
+        it is missing or differs.
         """
 
     def skip(self, name: str) -> None:

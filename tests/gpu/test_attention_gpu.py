@@ -69,6 +69,27 @@ def test_decode_in_every_division(splits: int, keys: int, warps: int) -> None:
 
 
 MIXED = [(40, 40), (2, 2), (300, 7), (520, 520), (131, 2), (1500, 200)]
+FP8_CASES = [case for case in CASES if case[4] is not torch.float32] + [(6, 2, 100, False, torch.float32)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "normed", "dtype"), [*FP8_CASES, (24, 1, 128, True, torch.bfloat16)]
+)
+def test_fp8_cache(heads: int, kv_heads: int, width: int, normed: bool, dtype: torch.dtype) -> None:
+    """Decodes, few rows and more than are resident at once, and prompts beside them."""
+    for contexts, prompts in (
+        (some_contexts(), []),
+        ([random.randrange(900, 3000)], []),
+        ([random.randrange(1, 300) for _ in range(160)], []),
+        (some_contexts(), MIXED),
+        ([], [(2500, 2100)]),
+    ):
+        step = Step(
+            random_rows(contexts, prompts), random_shape(heads, kv_heads, width, dtype, normed), dtype, fp8=True
+        )
+        result = kernels.grouped_query_attention(step.qkv.to(DEVICE), step.shape, step.cache, to_device(step.batch))
+        assert close(result, step.expected(), fp8=True)
+        step.check_cache()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "normed", "dtype"), CASES)
@@ -96,12 +117,12 @@ def captured(run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, tor
     return graph, output
 
 
-def replay_over_steps(steps: Sequence[tuple[Step, Batch]]) -> None:
+def replay_over_steps(steps: Sequence[tuple[Step, Batch]], fp8: bool = False) -> None:
     """Capture the first, replay for each after copying its inputs in; all have the same shapes and bounds."""
     first, batch = steps[0]
     tokens = batch.positions.shape[0]
     static = to_device(batch)
-    shape, cache = first.shape, tuple(torch.full_like(tensor, torch.nan) for tensor in first.cache)
+    shape, cache = first.shape, tuple(tensor.clone() for tensor in first.cache)
     qkv = torch.full((tokens, first.qkv.shape[1]), torch.nan, device=DEVICE, dtype=first.qkv.dtype)
     graph, output = captured(lambda: kernels.grouped_query_attention(qkv, shape, cache, static))
     for step, inputs in steps:
@@ -111,7 +132,7 @@ def replay_over_steps(steps: Sequence[tuple[Step, Batch]]) -> None:
             if isinstance(value, torch.Tensor):
                 value.copy_(getattr(inputs, field.name))
         for _ in range(2):
-            for ours, theirs in zip(cache, step.paged.tensors, strict=True):
+            for ours, theirs in zip(cache, (*step.paged.tensors, step.scales), strict=False):
                 ours.copy_(theirs)
             qkv.fill_(torch.nan)
             qkv[: step.qkv.shape[0]] = step.qkv.to(DEVICE)
@@ -119,38 +140,42 @@ def replay_over_steps(steps: Sequence[tuple[Step, Batch]]) -> None:
             graph.replay()
         result = output[: step.qkv.shape[0]].clone()
         step.cache = cache
-        assert close(result, step.expected())
+        assert close(result, step.expected(), fp8)
         step.check_cache()
     assert not counters(DEVICE).arrivals.any()
 
 
-def same_sized(make_rows: Callable[[], list[Row]], tokens: int, rows: int) -> list[tuple[Step, Batch]]:
+def same_sized(
+    make_rows: Callable[[], list[Row]], tokens: int, rows: int, fp8: bool = False
+) -> list[tuple[Step, Batch]]:
     """Steps of as many rows each, the longest always of one length, so that their caches have one size."""
     shape = dataclasses.replace(
         random_shape(12, 2, 128, torch.bfloat16), cos_sin=torch.rand(MOST_POSITIONS, 128, device=DEVICE)
     )
     steps = []
     for _ in range(3):
-        step = Step(make_rows(), shape, torch.bfloat16)
+        step = Step(make_rows(), shape, torch.bfloat16, fp8=fp8)
         steps.append((step, padded(step, tokens, rows, widest=256)))
     return steps
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("rows", "capacity"), [(1, 1), (3, 4), (60, 64), (140, 256)])
-def test_captured_decode(rows: int, capacity: int) -> None:
+def test_captured_decode(rows: int, capacity: int, fp8: bool) -> None:
     def make() -> list[Row]:
         return random_rows([1000, *(random.randrange(1, 1000) for _ in range(rows - 1))])
 
-    replay_over_steps(same_sized(make, capacity, capacity))
+    replay_over_steps(same_sized(make, capacity, capacity, fp8), fp8)
 
 
-def test_captured_mixed_steps() -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_captured_mixed_steps(fp8: bool) -> None:
     def make() -> list[Row]:
         counts = [random.randrange(2, 60) for _ in range(4)]
         decodes = [1000, *(random.randrange(1, 1000) for _ in range(8))]
         return random_rows(decodes, [(count + random.randrange(0, 900), count) for count in counts])
 
-    replay_over_steps(same_sized(make, 300, 16))
+    replay_over_steps(same_sized(make, 300, 16, fp8), fp8)
 
 
 def test_a_float32_row_gets_the_same_bits_alone_and_among_others() -> None:

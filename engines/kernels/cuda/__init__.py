@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from engines.kernels.cuda.binary_cache import choose_folder
+from engines.kernels.cuda.device import rehearsed
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16 matrix units."""
@@ -71,26 +72,19 @@ class TritonKernels:
         self.skinny_linear = skinny.skinny_linear
 
 
-def compiled_folder() -> Path:
-    """Where compiled kernels are kept, under the folder that also holds models: ``SLIMSERVE_HOME``, or XDG's.
-
-    Triton tells its own versions, GPUs and sources apart there; ``TRITON_CACHE_DIR`` names another folder.
-    """
-    if home := os.environ.get("SLIMSERVE_HOME"):
-        return Path(home).expanduser().absolute() / "triton"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "slimserve" / "triton"
-
-
 @functools.cache
 def _shared() -> tuple[TritonKernels | None, TritonStatus]:
+    if rehearsed():
+        return TritonKernels(), TritonStatus(None, "nothing is launched in a rehearsal")
     if not torch.cuda.is_available():
         return None, TritonStatus(None, "there is no CUDA device")
     capability = torch.cuda.get_device_capability()
     try:
         if capability < OLDEST_CAPABILITY:
             raise ImportError(f"the GPU's compute capability {capability} is below {OLDEST_CAPABILITY}")
-        os.environ.setdefault("TRITON_CACHE_DIR", str(compiled_folder()))
         import triton
+
+        choose_folder(str(triton.__version__), torch.cuda.get_device_name(), capability)
 
         kernels = TritonKernels()
         # The first launch compiles: without a C compiler for its launcher, Triton fails only here.

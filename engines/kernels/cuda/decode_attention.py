@@ -61,10 +61,19 @@ def choose_tile(head_dim: int, pairs: int, processors: int) -> DecodeTile:
     return DecodeTile(32, 2) if pairs > PROGRAMS_PER_PROCESSOR * processors else DecodeTile(64, 4)
 
 
+def choose_fp8_tile(head_dim: int, pairs: int, processors: int, queries: int) -> DecodeTile:
+    """The same over an fp8 cache, whose tiles wait in shared memory; ``queries`` are the lines of a tile of queries.
+
+    A thread brings no more than 16 numbers of the new token into fp8: with 32 of them Triton 3.6's assembler crashes.
+    """
+    warps = max(4, queries * triton.next_power_of_2(head_dim) // 512)
+    return DecodeTile(32 if pairs > PROGRAMS_PER_PROCESSOR * processors else 64, warps)
+
+
 def attend_fused(
     qkv: torch.Tensor,
     shape: GroupedQueries,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, ...],
     batch: AttentionBatch,
     tile: DecodeTile | None = None,
     splits: int | None = None,
@@ -84,7 +93,7 @@ def attend_fused(
 
 def attend_single(
     queries: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, ...],
     batch: AttentionBatch,
     scale: float,
     rows: int,
@@ -105,7 +114,7 @@ class _Call:
     token_stride: int
     head_stride: int
     heads: int
-    cache: tuple[torch.Tensor, torch.Tensor]
+    cache: tuple[torch.Tensor, ...]
     batch: AttentionBatch
     scale: float
     early: bool
@@ -119,10 +128,12 @@ def _launch(
     splits: int | None = None,
     fused: GroupedQueries | None = None,
 ) -> None:
-    queries, batch, (keys, values) = call.queries, call.batch, call.cache
+    queries, batch, (keys, values, *scales) = call.queries, call.batch, call.cache
     block_size, kv_heads, width = keys.shape[1:]
     group, device = call.heads // kv_heads, queries.device
-    tile = tile or choose_tile(width, rows * kv_heads, processors(device))
+    tile_m = max(16, triton.next_power_of_2(group))
+    pairs, units = rows * kv_heads, processors(device)
+    tile = tile or (choose_fp8_tile(width, pairs, units, tile_m) if scales else choose_tile(width, pairs, units))
     resident = PROGRAMS_PER_PROCESSOR * processors(device)
     splits = splits or choose_splits(rows, kv_heads, batch.longest_context, resident, tile.keys)
     partials = logs = arrivals = output
@@ -155,6 +166,7 @@ def _launch(
             cos_sin,
             query_gain,
             key_gain,
+            scales[0] if scales else output,
         ),
         fixed=(call.token_stride, call.head_stride, *keys.stride()[1:3]),
         free=(splits, tables.stride(0), tables.shape[1] * block_size, call.scale * LOG2_E, eps),
@@ -164,7 +176,7 @@ def _launch(
             width,
             half,
             block_size,
-            max(16, triton.next_power_of_2(group)),
+            tile_m,
             tile.keys,
             triton.next_power_of_2(group),
             triton.next_power_of_2(width),
@@ -174,6 +186,7 @@ def _launch(
             splits > 1,
             line is not None,
             call.early,
+            bool(scales),
         ),
         warps=tile.warps,
         stages=1,

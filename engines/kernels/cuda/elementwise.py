@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engines.kernels.cuda.fp8 import head_scales, to_cache
 from engines.kernels.cuda.launch import Launcher
 
 SILU_BLOCK = 1024
@@ -63,6 +64,7 @@ def _rope_kernel(
     cos_sin,
     key_cache,
     value_cache,
+    scales,
     cache_slots,
     query_count,
     key_count,
@@ -80,6 +82,7 @@ def _rope_kernel(
     WRITE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Grid (tokens,). Keys are rotated in place, or with WRITE into their cache slot, beside their values."""
     token = tl.program_id(0).to(tl.int64)
@@ -109,17 +112,18 @@ def _rope_kernel(
         mask = mask & (slot >= 0)
         entry = (slot * key_count + head[:, None]) * WIDTH
         target = key_cache + entry + place[None, :]
-        tl.store(target, first.to(key_cache.dtype.element_ty), mask=mask)
-        tl.store(target + distance, second.to(key_cache.dtype.element_ty), mask=mask)
+        key_scale, value_scale = head_scales(scales, head[:, None], key_count, SCALED)
+        tl.store(target, to_cache(first, key_cache, key_scale, SCALED), mask=mask)
+        tl.store(target + distance, to_cache(second, key_cache, key_scale, SCALED), mask=mask)
         dims = tl.arange(0, WIDTH_BLOCK)[None, :]
         whole = (head < key_count)[:, None] & (dims < WIDTH) & (slot >= 0)
         if WIDTH > 2 * HALF:
             unturned = whole & (dims >= 2 * HALF)
             kept = tl.load(key + dims, mask=unturned, other=0.0)
-            tl.store(key_cache + entry + dims, kept.to(key_cache.dtype.element_ty), mask=unturned)
+            tl.store(key_cache + entry + dims, to_cache(kept, key_cache, key_scale, SCALED), mask=unturned)
         value = values + token * value_token_stride + head[:, None] * value_head_stride + dims
         copied = tl.load(value, mask=whole, other=0.0)
-        tl.store(value_cache + entry + dims, copied.to(value_cache.dtype.element_ty), mask=whole)
+        tl.store(value_cache + entry + dims, to_cache(copied, value_cache, value_scale, SCALED), mask=whole)
     else:
         tl.store(source, first, mask=mask)
         tl.store(source + distance, second, mask=mask)
@@ -192,7 +196,7 @@ def rope_write_kv(
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
     interleaved: bool,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, ...],
     cache_slots: torch.Tensor,
 ) -> None:
     """Rotate queries in place, write rotated keys and values into their slots. Keys and values have one shape."""
@@ -206,14 +210,15 @@ def _launch_rope(
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
     interleaved: bool,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, ...],
     cache_slots: torch.Tensor,
     write: bool,
 ) -> None:
     half, width = cos_sin.shape[1] // 2, keys.shape[2]
+    scaled = len(cache) > 2
     _rope(
         (queries.shape[0], 1, 1),
-        (queries, keys, values, positions, cos_sin, *cache, cache_slots),
+        (queries, keys, values, positions, cos_sin, *cache[:2], cache[2] if scaled else cos_sin, cache_slots),
         fixed=(
             queries.shape[1],
             keys.shape[1],
@@ -231,6 +236,7 @@ def _launch_rope(
             write,
             width,
             triton.next_power_of_2(width),
+            scaled,
         ),
     )
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from engines.kernels.cuda.device import machine_at
+
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256)
 """Tokens: a step runs the tiles of the first that is not smaller."""
 MOST_FEW = BUCKETS[-1]
@@ -77,8 +79,9 @@ def _table(gpu: str) -> dict[str, dict[str, list[list[int]]]]:
 @functools.cache
 def tiles_for(tokens: int, width: int, inner: int, experts: int, device: torch.device) -> Tiles:
     """Of a step of so many tokens through a layer of ``experts``, the shared ones counted."""
-    if device.type == "cuda":
-        entry = _table(torch.cuda.get_device_name(device)).get(layer_key(width, inner, experts), {})
+    machine = machine_at(device)
+    if machine is not None:
+        entry = _table(machine.name).get(layer_key(width, inner, experts), {})
         if found := entry.get(str(bucket_of(tokens))):
             return Tiles(Tile(*found[0]), Tile(*found[1]))
     return default_tiles(tokens)

@@ -7,7 +7,9 @@ sorted by what they mean for that, so that one dictionary look-up finds the comp
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from triton.runtime import driver
@@ -15,7 +17,73 @@ from triton.runtime import driver
 ALIGNMENT = 16
 """Bytes. Triton compiles wider loads for pointers that are multiples of this."""
 
+INT32 = range(-(1 << 31), 1 << 31)
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Specialisation:
+    """All that Triton compiles a launch by: two launches with equal ones run the same binary."""
+
+    launcher: Launcher
+    types: tuple[tuple[torch.dtype, bool], ...]
+    """Of the tensors, and whether each begins at a multiple of ``ALIGNMENT``."""
+    fixed: tuple[int, ...]
+    free: tuple[int | float, ...]
+    constants: tuple[int | bool, ...]
+    warps: int
+    stages: int
+    early: bool
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return str(self.launcher.kernel.__name__)
+
+    def representative(self) -> Specialisation:
+        """The same one for all launches that Triton does not tell apart: of integers it sees whether they are 1 or
+        multiples of 16 and how wide they are, of ``free`` ones the width alone."""
+        fixed = tuple(_representative(value) for value in self.fixed)
+        free = tuple(0.0 if isinstance(value, float) else _widest(value) for value in self.free)
+        return Specialisation(
+            self.launcher, self.types, fixed, free, self.constants, self.warps, self.stages, self.early
+        )
+
+    def compile(self) -> Any:
+        """Put the binary into the cache on disk, unless it is there; needs no GPU. Returns Triton's kernel.
+
+        Raises whatever Triton raises for a kernel that it cannot compile.
+        """
+        tensors = [dtype if aligned else _Unaligned(dtype) for dtype, aligned in self.types]
+        arguments = (*tensors, *self.fixed, *self.free, *self.constants)
+        return self.launcher.kernel.warmup(*arguments, grid=(1,), **_options(self.warps, self.stages, self.early))
+
+
+class _Unaligned:
+    """Stands for a tensor of which Triton may not assume where it begins."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    @staticmethod
+    def data_ptr() -> int:
+        return 1
+
+
+def _representative(value: int) -> int:
+    if value == 1 or value not in INT32:
+        return value
+    return 0 if value % 16 == 0 else 2
+
+
+def _widest(value: int) -> int:
+    return 0 if value in INT32 else value
+
+
+def _options(warps: int, stages: int, early: bool) -> dict[str, int | bool]:
+    options: dict[str, int | bool] = {"num_warps": warps, "num_stages": stages}
+    return options | {"launch_pdl": True} if early else options
 
 
 class Launcher:
@@ -31,8 +99,11 @@ class Launcher:
     first_launches = 0
     """Of all kernels in all their forms so far: each compiles, or reads what was compiled, and takes up to seconds."""
 
+    recorder: ClassVar[Callable[[Specialisation], None] | None] = None
+    """Where set, nothing is launched: it is told what would have been. Tensors may then be on the meta device."""
+
     def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self._compiled: dict[Any, Any] = {}
 
     def __call__(
@@ -53,6 +124,10 @@ class Launcher:
         start while the one before it in the stream still runs (programmatic dependent launch): each of its programs
         must call ``gdc_wait`` before it touches what another kernel writes or reads, and before it ends.
         """
+        if Launcher.recorder is not None:
+            types = tuple((tensor.dtype, _is_aligned(tensor)) for tensor in tensors)
+            Launcher.recorder(Specialisation(self, types, fixed, free, constants, warps, stages, early))
+            return
         device = tensors[0].device.index
         pointers = [tensor.data_ptr() for tensor in tensors]
         low_bits = 0
@@ -65,27 +140,10 @@ class Launcher:
             if compiled is not None:
                 self._run(compiled, device, grid, (*pointers, *fixed, *free, *constants))
                 return
-        options = {"launch_pdl": True} if early else {}
-        compiled = self._kernel[grid](
-            *tensors, *fixed, *free, *constants, num_warps=warps, num_stages=stages, **options
-        )
+        compiled = self.kernel[grid](*tensors, *fixed, *free, *constants, **_options(warps, stages, early))
         if key is not None:
             self._compiled[key] = compiled
             Launcher.first_launches += 1
-
-    def compile(
-        self,
-        types: tuple[torch.dtype, ...],
-        fixed: tuple[int, ...],
-        free: tuple[int | float, ...],
-        constants: tuple[int | bool, ...],
-        warps: int = 4,
-        stages: int = 3,
-        early: bool = False,
-    ) -> None:
-        """Compile into the cache on disk, without a launch, what ``__call__`` runs for aligned tensors of ``types``."""
-        options = {"launch_pdl": True} if early else {}
-        self._kernel.warmup(*types, *fixed, *free, *constants, grid=(1,), num_warps=warps, num_stages=stages, **options)
 
     @staticmethod
     def _run(compiled: Any, device: int, grid: tuple[int, int, int], arguments: tuple[int | float, ...]) -> None:
@@ -100,3 +158,11 @@ class Launcher:
                 Launcher._direct = False
                 logger.info("kernels are launched more slowly: this Triton launches them in another way (%s)", error)
         compiled[grid](*arguments)
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether it begins where Triton compiles wider loads. A tensor on the meta device stands for one in memory whose
+    allocation is aligned, as those of torch's allocators are."""
+    if tensor.is_meta:
+        return tensor.storage_offset() * tensor.itemsize % ALIGNMENT == 0
+    return tensor.data_ptr() % ALIGNMENT == 0

@@ -44,13 +44,22 @@ def fits(shape: LatentQueries) -> bool:
 
 
 def attend_latents(
-    queries: torch.Tensor, latents: torch.Tensor, shape: LatentQueries, cache: torch.Tensor, batch: AttentionBatch
+    queries: torch.Tensor,
+    latents: torch.Tensor,
+    shape: LatentQueries,
+    cache: torch.Tensor,
+    batch: AttentionBatch,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``kernels.latent_attention`` of rows that have one query each. Padding rows' lines are not written."""
+    """``kernels.latent_attention`` of rows that have one query each. Padding rows' lines are not written.
+
+    ``scales`` are those of the cache's columns, where it is fp8: (rank + rope,) float32, one for the latent's and one
+    for the rope part's.
+    """
     early, rows = starts_early(queries.device), batch.context_lengths.shape[0]
-    absorbed = prepare(queries, latents, shape, cache, batch, rows, early)
+    absorbed = prepare(queries, latents, shape, cache, batch, rows, early, scales)
     output = torch.empty((queries.shape[0], shape.up.heads, shape.up.value), dtype=queries.dtype, device=queries.device)
-    attend_decodes(absorbed, shape, cache, batch, rows, output, early)
+    attend_decodes(absorbed, shape, cache, batch, rows, output, early, scales)
     return output.view(queries.shape[0], -1)
 
 
@@ -62,16 +71,17 @@ def attend_mixed(
     batch: AttentionBatch,
     decodes: int,
     blocks: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same where only the first ``decodes`` rows have one query; the others take ``blocks`` cache blocks.
 
     Queries are turned in place.
     """
-    absorbed = prepare(queries, latents, shape, cache, batch, decodes, early=False)
+    absorbed = prepare(queries, latents, shape, cache, batch, decodes, False, scales)
     output = torch.empty((queries.shape[0], shape.up.heads, shape.up.value), dtype=queries.dtype, device=queries.device)
     if decodes:
-        attend_decodes(absorbed, shape, cache, batch, decodes, output, early=False)
-    attend_prompts(queries, shape, cache, batch, decodes, blocks, output)
+        attend_decodes(absorbed, shape, cache, batch, decodes, output, False, scales)
+    attend_prompts(queries, shape, cache, batch, decodes, blocks, output, scales)
     return output.view(queries.shape[0], -1)
 
 
@@ -83,6 +93,7 @@ def prepare(
     batch: AttentionBatch,
     decodes: int,
     early: bool,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(T, heads, nope + rope) raw queries -> (decodes, heads, rank + rope): the first tokens' absorbed and turned ones.
 
@@ -107,6 +118,7 @@ def prepare(
             shape.cos_sin,
             batch.cache_slots,
             cache,
+            shape.cos_sin if scales is None else scales,
             absorbed,
         ),
         fixed=(queries.stride(0), latents.stride(0)),
@@ -125,6 +137,7 @@ def prepare(
             tile_t,
             tile_c,
             early,
+            scales is not None,
         ),
         early=early,
     )
@@ -144,6 +157,7 @@ def attend_decodes(
     rows: int,
     output: torch.Tensor,
     early: bool,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Attention of the first ``rows`` rows, where they have one query: their lines of ``output``, (T, heads, value)."""
     heads = absorbed.shape[1]
@@ -164,6 +178,7 @@ def attend_decodes(
             batch.context_lengths,
             batch.block_tables,
             table_rows,
+            logs if scales is None else scales,
         ),
         fixed=(),
         free=(splits, batch.block_tables.stride(0), shape.scale * LOG2_E),
@@ -178,6 +193,7 @@ def attend_decodes(
             TILE_KEYS,
             batch.table_rows is not None,
             early,
+            scales is not None,
         ),
         warps=ATTEND_WARPS,
         stages=2,

@@ -6,20 +6,37 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
+from engines.kernels.cuda.fp8 import as_float16, power_below, to_cache
+
 
 @triton.jit
-def _turn(source, target, cos, sin, mask, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr):
+def _turn(
+    source,
+    target,
+    cos,
+    sin,
+    mask,
+    scales,
+    INTERLEAVED: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     """Turn the pairs of each row at ``source`` into ``target``; both are (rows, 1) pointers to a row's start."""
     pair = tl.arange(0, HALF_BLOCK)[None, :]
     place = 2 * pair if INTERLEAVED else pair
     distance: tl.constexpr = 1 if INTERLEAVED else HALF
+    # All columns of the rope part have one.
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(scales)
     left = tl.load(source + place, mask=mask, other=0.0).to(tl.float32)
     right = tl.load(source + place + distance, mask=mask, other=0.0).to(tl.float32)
     # Rounded as the queries' and latents' own type first: the cache may have another one.
     kind = source.dtype.element_ty
     first, second = (left * cos - right * sin).to(kind), (right * cos + left * sin).to(kind)
-    tl.store(target + place, first.to(target.dtype.element_ty), mask=mask)
-    tl.store(target + place + distance, second.to(target.dtype.element_ty), mask=mask)
+    tl.store(target + place, to_cache(first, target, scale, SCALED), mask=mask)
+    tl.store(target + place + distance, to_cache(second, target, scale, SCALED), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "decodes"])
@@ -32,6 +49,7 @@ def prepare_kernel(
     cos_sin,
     cache_slots,
     cache,
+    scales,
     absorbed,
     query_stride,
     latent_stride,
@@ -51,10 +69,12 @@ def prepare_kernel(
     TILE_T: tl.constexpr,
     TILE_C: tl.constexpr,
     EARLY: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Grid (tokens + heads * parts of the rank * tiles of decodes,): a latent, or a tile of one head's queries.
 
-    Only the first ``decodes`` tokens are absorbed; the queries of the others are turned in place.
+    Only the first ``decodes`` tokens are absorbed; the queries of the others are turned in place. With SCALED the
+    cache is fp8, and each of its columns has a scale.
     """
     pair = tl.arange(0, HALF_BLOCK)
     is_pair = pair < HALF
@@ -72,16 +92,23 @@ def prepare_kernel(
         x = tl.load(source + dims, mask=dims < RANK, other=0.0).to(tl.float32)
         factor = tl.load(gain + dims, mask=dims < RANK, other=0.0).to(tl.float32)
         normed = (x * tl.rsqrt(tl.sum(x * x, 0) / RANK + eps) * factor).to(latents.dtype.element_ty)
-        tl.store(target + dims, normed.to(cache.dtype.element_ty), mask=dims < RANK)
+        scale = 1.0
+        if SCALED:
+            scale = tl.load(scales)
+        tl.store(target + dims, to_cache(normed, cache, scale, SCALED), mask=dims < RANK)
         angles = cos_sin + tl.load(positions + token) * (2 * HALF) + pair
         cos = tl.load(angles, mask=is_pair, other=0.0)[None, :]
         sin = tl.load(angles + HALF, mask=is_pair, other=0.0)[None, :]
         row = tl.zeros((1, 1), tl.int64)
-        _turn(source + RANK + row, target + RANK + row, cos, sin, is_pair[None, :], INTERLEAVED, HALF, HALF_BLOCK)
+        rope_source, rope_target = source + RANK + row, target + RANK + row
+        _turn(
+            rope_source, rope_target, cos, sin, is_pair[None, :], scales + RANK, INTERLEAVED, HALF, HALF_BLOCK, SCALED
+        )
         if token >= decodes:
             head = tl.arange(0, HEADS_BLOCK)[:, None]
             own = queries + token * query_stride + head * (NOPE + 2 * HALF) + NOPE
-            _turn(own, own, cos, sin, (head < HEADS) & is_pair[None, :], INTERLEAVED, HALF, HALF_BLOCK)
+            mask = (head < HEADS) & is_pair[None, :]
+            _turn(own, own, cos, sin, mask, scales, INTERLEAVED, HALF, HALF_BLOCK, False)
         return
     parts: tl.constexpr = (RANK + TILE_C - 1) // TILE_C
     item = tl.program_id(0) - tokens
@@ -107,7 +134,7 @@ def prepare_kernel(
         angles = cos_sin + position[:, None] * (2 * HALF) + pair[None, :]
         mask = present & is_pair[None, :]
         cos, sin = tl.load(angles, mask=mask, other=0.0), tl.load(angles + HALF, mask=mask, other=0.0)
-        _turn(query + NOPE, target + RANK, cos, sin, mask, INTERLEAVED, HALF, HALF_BLOCK)
+        _turn(query + NOPE, target + RANK, cos, sin, mask, scales, INTERLEAVED, HALF, HALF_BLOCK, False)
 
 
 @triton.jit
@@ -126,6 +153,7 @@ def attend_kernel(
     context_lengths,
     block_tables,
     table_rows,
+    scales,
     splits,
     table_stride,
     scale,
@@ -139,8 +167,12 @@ def attend_kernel(
     TILE_N: tl.constexpr,
     INDIRECT: tl.constexpr,
     EARLY: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """Grid (splits, rows, tiles of heads). Rows that have not exactly one query are left out."""
+    """Grid (splits, rows, tiles of heads). Rows that have not exactly one query are left out.
+
+    With SCALED the cache is fp8: its scales go to the queries and to the sums, which loses no bit.
+    """
     if EARLY:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
@@ -159,6 +191,13 @@ def attend_kernel(
     query = queries + (start.to(tl.int64) * HEADS + head[:, None]) * (RANK + ROPE)
     q = tl.load(query + dims[None, :], mask=is_head & is_dim, other=0.0)
     q_rest = tl.load(query + rest[None, :], mask=is_head & is_rest, other=0.0)
+    latent_scale = 1.0
+    if SCALED:
+        latent_scale = tl.load(scales)
+        wide, wide_rest = q.to(tl.float32) * latent_scale, q_rest.to(tl.float32) * tl.load(scales + RANK)
+        sizes = power_below(tl.maximum(tl.max(tl.abs(wide), 1), tl.max(tl.abs(wide_rest), 1)))
+        q, q_rest = as_float16(wide, sizes), as_float16(wide_rest, sizes)
+        scale = (scale * sizes)[None, :]
     line = row.to(tl.int64)
     if INDIRECT:
         line = tl.load(table_rows + row).to(tl.int64)
@@ -188,7 +227,10 @@ def attend_kernel(
 
     entry = (row.to(tl.int64) * splits + split) * HEADS + head
     mask = is_head & is_dim
-    tl.store(partials + entry[:, None] * RANK + dims[None, :], tl.trans(sums / total[None, :]), mask=mask)
+    result = sums / total[None, :]
+    if SCALED:
+        result *= latent_scale
+    tl.store(partials + entry[:, None] * RANK + dims[None, :], tl.trans(result), mask=mask)
     tl.store(partial_logs + entry, best + tl.log2(total), mask=head < HEADS)
 
 

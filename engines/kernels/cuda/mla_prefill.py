@@ -56,6 +56,7 @@ def _gather_kernel(
     context_lengths,
     block_tables,
     table_rows,
+    scales,
     first_row,
     rows,
     table_stride,
@@ -64,8 +65,12 @@ def _gather_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
     INDIRECT: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """Grid (blocks of all rows,): the latents of the rows one after the other, each filled up to whole blocks."""
+    """Grid (blocks of all rows,): the latents of the rows one after the other, each filled up to whole blocks.
+
+    With SCALED they are fp8 in the cache, and each column has a scale.
+    """
     found, back, first_block = _find_row(query_starts, context_lengths, first_row, rows, 0, ROWS_BLOCK, BLOCK_SIZE)
     if found >= rows:
         return
@@ -81,7 +86,10 @@ def _gather_kernel(
     present = (block * BLOCK_SIZE + slot < context)[:, None] & (dims < WIDTH)[None, :]
     source = cache + (stored * BLOCK_SIZE + slot[:, None]) * WIDTH + dims[None, :]
     # What lies behind a row's end may be anything, NaN too: it becomes zero.
-    found_values = tl.load(source, mask=present, other=0.0).to(gathered.dtype.element_ty)
+    stored_values = tl.load(source, mask=present, other=0.0)
+    if SCALED:
+        stored_values = stored_values.to(tl.float32) * tl.load(scales + dims, mask=dims < WIDTH, other=1.0)[None, :]
+    found_values = stored_values.to(gathered.dtype.element_ty)
     target = gathered + ((first_block + block).to(tl.int64) * BLOCK_SIZE + slot[:, None]) * WIDTH + dims[None, :]
     tl.store(target, found_values, mask=(dims < WIDTH)[None, :] & (slot >= 0)[:, None])
 
@@ -246,11 +254,12 @@ def attend_prompts(
     first_row: int,
     blocks: int,
     output: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Attention of the rows from ``first_row`` on, whose contexts take ``blocks`` cache blocks at most.
 
     ``queries`` is (T, heads, nope + rope), turned already, as the latents in the cache are; the rows' lines of
-    ``output``, (T, heads, value), are written.
+    ``output``, (T, heads, value), are written. ``scales`` are those of the cache's columns, where it is fp8.
     """
     up, rank, rope = shape.up, shape.rank, shape.rope
     assert up.stacked is not None
@@ -262,10 +271,25 @@ def attend_prompts(
     table_rows = batch.context_lengths if batch.table_rows is None else batch.table_rows
     _gather(
         (blocks, 1, 1),
-        (cache, gathered, batch.query_starts, batch.context_lengths, batch.block_tables, table_rows),
+        (
+            cache,
+            gathered,
+            batch.query_starts,
+            batch.context_lengths,
+            batch.block_tables,
+            table_rows,
+            gathered if scales is None else scales,
+        ),
         fixed=(),
         free=(first_row, rows, batch.block_tables.stride(0)),
-        constants=(rank + rope, triton.next_power_of_2(rank + rope), size, rows_block, batch.table_rows is not None),
+        constants=(
+            rank + rope,
+            triton.next_power_of_2(rank + rope),
+            size,
+            rows_block,
+            batch.table_rows is not None,
+            scales is not None,
+        ),
     )
     expanded = gathered[:, :rank] @ up.stacked.view(-1, rank).t()
     tiles = triton.cdiv(queries.shape[0] - first_row, TILE_M) + rows

@@ -19,8 +19,9 @@ from triton.language.extra import cuda as tl_cuda
 from engines.kernels.cuda import decode_attention
 from engines.kernels.cuda.attention import LOG2_E
 from engines.kernels.cuda.device import processors, starts_early
+from engines.kernels.cuda.fp8 import as_float16, head_scales, row_sizes
 from engines.kernels.cuda.launch import Launcher
-from engines.kernels.reference import AttentionBatch
+from engines.kernels.reference import FP8, AttentionBatch
 
 WIDEST_HEAD = 256
 ROWS_AT_ONCE = 256
@@ -59,10 +60,16 @@ def _find_row(query_starts, first_row, rows, number, skip_single, GROUP, TILE_M,
 
 
 @triton.jit
-def _softmax_step(scores, scale, best, total, sums):
-    """Weights of one more tile of scores, and the running softmax brought to its maximum."""
+def _softmax_step(scores, scale, best, total, sums, SCALED: tl.constexpr):
+    """Weights of one more tile of scores, and the running softmax brought to its maximum.
+
+    ``scale`` is one number, or one for each row if SCALED.
+    """
+    row_scale = scale
+    if SCALED:
+        row_scale = scale[:, None]
     higher = tl.maximum(best, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - higher[:, None])
+    weights = tl.exp2(scores * row_scale - higher[:, None])
     shrink = tl.exp2(best - higher)
     return weights, higher, total * shrink + tl.sum(weights, 1), sums * shrink[:, None]
 
@@ -77,6 +84,7 @@ def _prefill_kernel(
     context_lengths,
     block_tables,
     table_rows,
+    scales,
     token_stride,
     head_stride,
     slot_stride,
@@ -96,8 +104,12 @@ def _prefill_kernel(
     ROWS_AT_ONCE: tl.constexpr,
     TABLE_ROWS: tl.constexpr,
     LET_START: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """Grid (tiles * kv heads,). With LET_START the next kernel in the stream may start while this one runs."""
+    """Grid (tiles * kv heads,). With LET_START the next kernel in the stream may start while this one runs.
+
+    With SCALED keys and values are fp8, and ``scales`` has one for each key head, then one for each value head.
+    """
     if LET_START:
         tl_cuda.gdc_launch_dependents()
     kv_head, number = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
@@ -131,6 +143,10 @@ def _prefill_kernel(
     keys += kv_head * cache_head_stride
     values += kv_head * cache_head_stride
     lane = tl.arange(0, TILE_N)
+    key_scale, value_scale = head_scales(scales, kv_head, KV_HEADS, SCALED)
+    if SCALED:
+        sizes = row_sizes(q)
+        q, scale = as_float16(q, sizes), scale * key_scale * sizes
 
     best = tl.full((TILE_M,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_M,), tl.float32)
@@ -147,10 +163,10 @@ def _prefill_kernel(
         scores = tl.dot(q, tl.trans(k.to(q.dtype)))
         if first >= common:
             scores = tl.where(place[None, :] <= last[:, None], scores, float("-inf"))
-        weights, best, total, sums = _softmax_step(scores, scale, best, total, sums)
+        weights, best, total, sums = _softmax_step(scores, scale, best, total, sums, SCALED)
         sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums)
 
-    result = sums / total[:, None]
+    result = sums / total[:, None] * value_scale
     target = output + (own * (KV_HEADS * GROUP) + head)[:, None] * DIM + dims[None, :]
     tl.store(target, result.to(output.dtype.element_ty), mask=pair_mask)
 
@@ -160,14 +176,15 @@ _prefill = Launcher(_prefill_kernel)
 
 def fits(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether this file's kernels and those of ``decode_attention`` take these types and widths."""
-    half_width = queries.dtype in (torch.bfloat16, torch.float16) and queries.dtype == keys.dtype == values.dtype
+    half_width = queries.dtype in (torch.bfloat16, torch.float16)
+    half_width = half_width and keys.dtype == values.dtype and keys.dtype in (queries.dtype, FP8)
     width, block_size = keys.shape[3], keys.shape[1]
     blocks = keys.stride() == values.stride() and keys.is_contiguous() and block_size & (block_size - 1) == 0
     return half_width and blocks and keys.shape == values.shape and width <= WIDEST_HEAD and width % 8 == 0
 
 
 def paged_attention(
-    queries: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], batch: AttentionBatch, scale: float
+    queries: torch.Tensor, cache: tuple[torch.Tensor, ...], batch: AttentionBatch, scale: float
 ) -> torch.Tensor:
     """As ``engines.kernels.paged_attention``: (T, Hq, D) -> (T, Hq, D). Tokens of padding are not written.
 
@@ -186,16 +203,21 @@ def paged_attention(
     return output
 
 
-def choose_tile(head_dim: int, pairs: int, processors: int) -> PrefillTile:
-    """Large tiles, unless they would leave processors without work; ``pairs`` are those of all key/value heads."""
+def choose_tile(head_dim: int, pairs: int, processors: int, fp8: bool) -> PrefillTile:
+    """Large tiles, unless they would leave processors without work; ``pairs`` are those of all key/value heads.
+
+    Over an ``fp8`` cache some are smaller, so that keys and values fit in registers in float16 too.
+    """
     if head_dim > 128:
-        return PrefillTile(128, 32, 8, 3)
+        return PrefillTile(64 if fp8 else 128, 32, 8, 3)
+    if fp8 and pairs < 128 * processors:
+        return PrefillTile(64, 64, 4, 4)
     return PrefillTile(128, 64, 8, 5) if pairs >= 128 * processors else PrefillTile(64, 128, 4, 3)
 
 
 def attend_chunks(
     queries: torch.Tensor,
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, ...],
     batch: AttentionBatch,
     scale: float,
     output: torch.Tensor,
@@ -205,11 +227,11 @@ def attend_chunks(
 
     Returns whether a kernel was launched: with no more than one token there can be no such row.
     """
-    keys, values = cache
+    keys, values, *scales = cache
     block_size, kv_heads, width = keys.shape[1:]
     rows, first_row = min(batch.context_lengths.shape[0], queries.shape[0]), batch.decode_rows or 0
     group, tokens = queries.shape[1] // kv_heads, queries.shape[0] - first_row
-    tile = tile or choose_tile(width, tokens * queries.shape[1], processors(queries.device))
+    tile = tile or choose_tile(width, tokens * queries.shape[1], processors(queries.device), bool(scales))
     known = batch.decode_rows is not None
     # A broken tile for each row, and a row that is not known to have more than one token has at least two.
     tiles = tokens * group // tile.pairs + min(rows - first_row, tokens if known else tokens // 2)
@@ -227,6 +249,7 @@ def attend_chunks(
             batch.context_lengths,
             tables,
             tables if line is None else line,
+            scales[0] if scales else output,
         ),
         fixed=(*queries.stride()[:2], *keys.stride()[1:3]),
         free=(rows, first_row, tables.stride(0), int(not known), scale * LOG2_E),
@@ -241,6 +264,7 @@ def attend_chunks(
             ROWS_AT_ONCE,
             line is not None,
             starts_early(queries.device),
+            bool(scales),
         ),
         warps=tile.warps,
         stages=tile.stages,

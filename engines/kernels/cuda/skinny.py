@@ -6,7 +6,8 @@ import functools
 
 import torch
 
-from engines.kernels.cuda.launch import Launcher
+from engines.kernels.cuda.device import machine_at
+from engines.kernels.cuda.launch import Launcher, Specialisation
 from engines.kernels.cuda.skinny_kernel import skinny_kernel
 from engines.kernels.cuda.tuning import (
     MOST_TILES,
@@ -18,7 +19,6 @@ from engines.kernels.cuda.tuning import (
     block_rows,
     ceil_div,
     config_for,
-    machine_of,
     resident_programs,
     steps_of_split,
 )
@@ -45,12 +45,15 @@ def skinny_config(
     rows: int, lines: int, depth: int, gated: bool, norm: bool, device: torch.device
 ) -> SkinnyConfig | None:
     """How ``rows`` rows run here; None where cuBLAS is faster, or the kernel does not fit."""
-    return _config(rows, lines, depth, gated, norm, device.index)
+    return _config(rows, lines, depth, gated, norm, device)
 
 
 @functools.cache
-def _config(rows: int, lines: int, depth: int, gated: bool, norm: bool, device: int) -> SkinnyConfig | None:
-    return None if depth % 16 else config_for(SkinnyShape(lines, depth, gated, norm), rows, machine_of(device))
+def _config(rows: int, lines: int, depth: int, gated: bool, norm: bool, device: torch.device) -> SkinnyConfig | None:
+    if depth % 16:
+        return None
+    machine = machine_at(device)
+    return None if machine is None else config_for(SkinnyShape(lines, depth, gated, norm), rows, machine)
 
 
 @functools.cache
@@ -102,7 +105,7 @@ def skinny_linear(
     rows, depth = x.shape
     lines = weight.shape[0]
     shape = SkinnyShape(lines, depth, gated, norm is not None)
-    machine = None if x.device.index is None else machine_of(x.device.index)
+    machine = machine_at(x.device)
     output = x.new_empty(rows, lines // 2 if gated else lines, dtype=dtype)
     gain, eps = (x, 0.0) if norm is None else norm
     _launch(
@@ -138,12 +141,14 @@ def compile_skinny(
 ) -> None:
     """Put into the cache on disk what ``skinny_linear`` runs on contiguous tensors; needs no GPU of its own."""
     width = shape.lines // 2 if shape.gated else shape.lines
-    _launch.compile(
-        (dtype, dtype, dtype, dtype, dtype, output_dtype, torch.float32, torch.int32),
+    types = (dtype, dtype, dtype, dtype, dtype, output_dtype, torch.float32, torch.int32)
+    Specialisation(
+        _launch,
+        tuple((each, True) for each in types),
         fixed=(shape.lines, shape.depth, shape.depth, width if residual else 0),
         free=(rows, 0.0),
         constants=_constants(shape, rows, config, bias, residual, machine),
         warps=config.warps,
         stages=config.stages,
         early=config.early,
-    )
+    ).compile()

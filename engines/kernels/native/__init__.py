@@ -14,7 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
-from engines.kernels.native.library import TYPE_CODES, VARIANTS, AttentionCall, NativeUnavailable, load_library
+from engines.kernels.native.library import (
+    SCALE_CODES,
+    TYPE_CODES,
+    VARIANTS,
+    AttentionCall,
+    NativeUnavailable,
+    QuantizedCall,
+    load_library,
+)
 from engines.kernels.reference import AttentionBatch, row_tables
 
 logger = logging.getLogger(__name__)
@@ -28,6 +36,34 @@ class NativeStatus:
     """``avx512``, ``avx2`` or ``base``; None where the library cannot be used."""
     reason: str
     """Empty, or why there is no library."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCodes:
+    """A weight's codes as quantized.h wants them."""
+
+    codes: torch.Tensor
+    """uint8 (panels, depth / 4, panel width, 4), or (panels, depth / 8, panel width, 4) where ``halves``."""
+    scale: torch.Tensor
+    """(panels, groups, panel width) float32, bfloat16 or float16; so ``offset``, of the same type."""
+    offset: torch.Tensor | None
+    width: int
+    """Input features."""
+    depth: int
+    """Those, filled up."""
+    columns: int
+    """Output features."""
+    group: int
+    """Features that share a weight's scale."""
+    block: int
+    """Features, a part of a group, whose products are summed as integers."""
+    zero_point: int
+    halves: bool
+    """Two codes a byte: that of feature 8 i + j in the lower half, that of 8 i + 4 + j in the upper one."""
+    per_token: bool
+    """One scale for all activations of a token, not one for each block."""
+    input_scale: float
+    """Of all activations; 0: taken from them."""
 
 
 class Native:
@@ -51,6 +87,8 @@ class Native:
         self._rope = library.slim_rope
         self._write_cache = library.slim_write_cache
         self._gumbel = library.slim_gumbel
+        self._quantized_linear = library.slim_quantized_linear
+        self._argmax = library.slim_argmax
         self.panel_width: int = library.slim_panel_width(self._table)
 
     def _reserve(self, size: int) -> int:
@@ -87,6 +125,63 @@ class Native:
             columns,
             torch.get_num_threads(),
         )
+        return out
+
+    def quantized_linear(
+        self,
+        x: torch.Tensor,
+        weight: PackedCodes,
+        norm: tuple[torch.Tensor, float] | None,
+        bias: torch.Tensor | None,
+        gated: bool,
+        residual: torch.Tensor | None,
+        out_type: torch.dtype,
+    ) -> torch.Tensor:
+        """(T, width) -> (T, columns), or half of them where gated, as ``Fusion`` says.
+
+        Norm weight, bias and residual are of x's type; the result's is that or float32. Half of the columns of a
+        gated weight are whole panels.
+        """
+        rows = x.shape[0]
+        out = x.new_empty(rows, weight.columns // 2 if gated else weight.columns, dtype=out_type)
+        norm_weight, eps = (None, 0.0) if norm is None else (norm[0].data_ptr(), norm[1])
+        residual_at, residual_stride = (None, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+        call = QuantizedCall(
+            x.data_ptr(),
+            x.stride(0),
+            norm_weight,
+            weight.codes.data_ptr(),
+            weight.scale.data_ptr(),
+            None if weight.offset is None else weight.offset.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            residual_at,
+            residual_stride,
+            out.data_ptr(),
+            None,
+            0,
+            rows,
+            weight.width,
+            weight.depth,
+            weight.columns,
+            weight.group,
+            weight.block,
+            eps,
+            weight.input_scale,
+            weight.zero_point,
+            weight.halves,
+            weight.per_token,
+            gated,
+            TYPE_CODES[x.dtype],
+            SCALE_CODES[weight.scale.dtype],
+            TYPE_CODES[out_type],
+            torch.get_num_threads(),
+        )
+        workspace: torch.Tensor | None = getattr(self._scratch, "workspace", None)
+        if workspace is not None:
+            call.workspace, call.workspace_bytes = workspace.data_ptr(), workspace.numel()
+        address = ctypes.addressof(call)
+        while missing := self._quantized_linear(self._table, address):
+            call.workspace, call.workspace_bytes = self._reserve(missing), missing
         return out
 
     def attention(
@@ -211,6 +306,14 @@ class Native:
             TYPE_CODES[entries.dtype],
             TYPE_CODES[cache.dtype],
         )
+
+    def argmax(self, values: torch.Tensor) -> torch.Tensor:
+        """(R, V) float32 -> (R,) int64: the first place of each row's largest value; some place if it has none."""
+        out = torch.empty(values.shape[0], dtype=torch.int64)
+        rows, width = values.shape
+        threads = torch.get_num_threads()
+        self._argmax(self._table, values.data_ptr(), values.stride(0), out.data_ptr(), rows, width, threads)
+        return out
 
     def gumbel_noise(
         self, seeds: torch.Tensor, choices: torch.Tensor, positions: torch.Tensor, vocab: int

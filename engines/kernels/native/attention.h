@@ -36,6 +36,7 @@ typedef struct {
     float *keys, *values, *scores;
     float rescale[GROUP_LANES], tile_sums[GROUP_LANES];
     int64_t visible[GROUP_QUERIES];
+    const void *value_rows[PANEL_WIDTH]; /* where ``values`` was copied from, or would have been */
 } Scratch;
 
 INLINE int64_t padded_width(int64_t width) {
@@ -53,6 +54,11 @@ INLINE int64_t group_floats(int64_t head_dim, int64_t value_dim) {
 INLINE int64_t worker_floats(int64_t head_dim, int64_t value_dim) {
     int64_t tile = (head_dim + padded_width(value_dim) + GROUP_QUERIES) * PANEL_WIDTH;
     return tile + TASK_GROUPS * group_floats(head_dim, value_dim);
+}
+
+/* Whether a group is small enough to read values where they lie: copies of a tile would be read but once. */
+INLINE int reads_values_in_place(const AttentionPlan *plan, const Group *group) {
+    return group->queries <= TILE_ROWS && plan->groups_per_kv_head == 1 && plan->call->value_dim % PANEL_WIDTH == 0;
 }
 
 static int64_t attention_workspace(int64_t rows, int64_t head_dim, int64_t value_dim, int threads) {
@@ -170,21 +176,37 @@ INLINE void stream_tile(const AttentionCall *call, const int64_t *slots, int64_t
 }
 
 /* Keys as (head_dim, PANEL_WIDTH), values as panels of (PANEL_WIDTH, PANEL_WIDTH). */
+/* Asks for one head's share of the next tile, which arrives while this one is worked on. */
+INLINE void fetch_tile(const AttentionCall *call, const int64_t *slots, int64_t count, int64_t kv_head) {
+    const int64_t bytes = call->cache_type == BFLOAT16 ? 2 : 4;
+    for (int64_t j = 0; j < count; j++) {
+        const char *key = (const char *)call->keys + (slots[j] * call->key_token_stride + kv_head * call->key_head_stride) * bytes;
+        const char *value = (const char *)call->values + (slots[j] * call->value_token_stride + kv_head * call->value_head_stride) * bytes;
+        for (int64_t at = 0; at < call->head_dim * bytes; at += 64) __builtin_prefetch(key + at);
+        if (call->values == call->keys) continue;
+        for (int64_t at = 0; at < call->value_dim * bytes; at += 64) __builtin_prefetch(value + at);
+    }
+}
+
 INLINE void gather_tile(int type, const AttentionCall *call, const int64_t *slots, int64_t count, int64_t kv_head,
-                        const Scratch *scratch) {
+                        int copy, Scratch *scratch) {
     const int64_t bytes = type == BFLOAT16 ? 2 : 4;
-    const void *keys[PANEL_WIDTH], *values[PANEL_WIDTH];
+    const void *keys[PANEL_WIDTH], **values = scratch->value_rows;
     for (int64_t j = 0; j < count; j++) {
         int64_t key = slots[j] * call->key_token_stride + kv_head * call->key_head_stride;
         int64_t value = slots[j] * call->value_token_stride + kv_head * call->value_head_stride;
         keys[j] = (const char *)call->keys + key * bytes;
         values[j] = (const char *)call->values + value * bytes;
     }
-    int first_part = (int)(count < VECTOR_LANES ? count : VECTOR_LANES);
-    pack_rows(type, keys, first_part, call->head_dim, scratch->keys, PANEL_WIDTH);
-    pack_rows(type, keys + VECTOR_LANES, (int)count - first_part, call->head_dim, scratch->keys + VECTOR_LANES,
-              PANEL_WIDTH);
-    copy_values(type, values, count, call->value_dim, scratch->values);
+    const int first_part = (int)(count < VECTOR_LANES ? count : VECTOR_LANES), rest = (int)count - first_part;
+    if (type == BFLOAT16 && call->head_dim % (2 * VECTOR_LANES) == 0) {
+        pack_pairs(keys, first_part, call->head_dim, scratch->keys, PANEL_WIDTH);
+        pack_pairs(keys + VECTOR_LANES, rest, call->head_dim, scratch->keys + VECTOR_LANES, PANEL_WIDTH);
+    } else {
+        pack_rows(type, keys, first_part, call->head_dim, scratch->keys, PANEL_WIDTH);
+        pack_rows(type, keys + VECTOR_LANES, rest, call->head_dim, scratch->keys + VECTOR_LANES, PANEL_WIDTH);
+    }
+    if (copy) copy_values(type, values, count, call->value_dim, scratch->values);
 }
 
 /* Scores of one tile -> weights, in place; updates each query's maximum and sum and says in ``rescale`` what its
@@ -223,8 +245,49 @@ INLINE void rescale_output(const Group *group, const float *rescale, int64_t str
     }
 }
 
+/* accumulate_rows with values where they lie: c (rows, PANEL_WIDTH) += weights . columns ``at`` .. of the values. */
+INLINE void add_values(const int rows, const int type, const float *weights, const void *const *values, int64_t count,
+                       int64_t at, float *c, int64_t c_stride) {
+    vec low[TILE_ROWS], high[TILE_ROWS];
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+        low[i] = load(c + i * c_stride);
+        high[i] = load(c + i * c_stride + VECTOR_LANES);
+    }
+    for (int64_t j = 0; j < count; j++) {
+        vec value_low = load_as(type, values[j], at), value_high = load_as(type, values[j], at + VECTOR_LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) {
+            vec factor = splat(weights[i * PANEL_WIDTH + j]);
+            low[i] += factor * value_low;
+            high[i] += factor * value_high;
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+        store(c + i * c_stride, low[i]);
+        store(c + i * c_stride + VECTOR_LANES, high[i]);
+    }
+}
+
+static void add_values_in_place(const AttentionCall *call, const Scratch *scratch, int64_t count, Group *group) {
+    const int64_t width = call->value_dim;
+    for (int64_t at = 0; at < width; at += PANEL_WIDTH) {
+        switch (group->queries) {
+#define CASE(n)                                                                                                  \
+    case n:                                                                                                      \
+        if (call->cache_type == BFLOAT16)                                                                        \
+            add_values(n, BFLOAT16, scratch->scores, scratch->value_rows, count, at, group->out + at, width);    \
+        else add_values(n, FLOAT32, scratch->scores, scratch->value_rows, count, at, group->out + at, width);    \
+        break;
+            FOR_EACH_TILE_ROWS(CASE)
+#undef CASE
+        }
+    }
+}
+
 /* Takes one tile of keys and values, ``count`` of them, into a group's running softmax. */
-INLINE void attend_tile(const AttentionCall *call, const AttentionTask *task, int64_t start, int64_t count,
+INLINE void attend_tile(const AttentionCall *call, const AttentionTask *task, int64_t start, int64_t count, int copied,
                         Group *group, Scratch *scratch) {
     const int64_t stride = padded_width(call->value_dim), depth = call->head_dim;
     for (int64_t i = 0; i < group->queries; i++)
@@ -236,6 +299,10 @@ INLINE void attend_tile(const AttentionCall *call, const AttentionTask *task, in
     }
     soften_tile(call, group, scratch);
     rescale_output(group, scratch->rescale, stride);
+    if (!copied) {
+        add_values_in_place(call, scratch, count, group);
+        return;
+    }
     for (int64_t first = 0; first < group->queries; first += TILE_ROWS) {
         int rows = (int)(group->queries - first < TILE_ROWS ? group->queries - first : TILE_ROWS);
         for (int64_t d = 0; d < stride; d += PANEL_WIDTH)
@@ -274,16 +341,21 @@ static void attend(const void *context, int64_t item, int worker) {
     for (int64_t g = 0; g < task.groups; g++, memory += group_floats(call->head_dim, call->value_dim))
         start_group(plan, &task, task.first_group + g, memory, &groups[g]);
     const int64_t end = task.first_position + task.tokens;
-    for (int64_t start = 0; start < end; start += PANEL_WIDTH) {
-        int64_t slots[PANEL_WIDTH], count = find_slots(call, &task, start, end, slots);
-        stream_tile(call, slots, count, groups[0].kv_head, groups[task.groups - 1].kv_head);
+    int64_t slots[2][PANEL_WIDTH], count = find_slots(call, &task, 0, end, slots[0]);
+    stream_tile(call, slots[0], count, groups[0].kv_head, groups[task.groups - 1].kv_head);
+    for (int64_t start = 0, now = 0; start < end; start += PANEL_WIDTH, now = !now) {
+        const int64_t after = start + PANEL_WIDTH, next = after < end ? find_slots(call, &task, after, end, slots[!now]) : 0;
         for (int64_t g = 0; g < task.groups; g++) {
-            if (g == 0 || groups[g].kv_head != groups[g - 1].kv_head) {
-                if (call->cache_type == BFLOAT16) gather_tile(BFLOAT16, call, slots, count, groups[g].kv_head, &scratch);
-                else gather_tile(FLOAT32, call, slots, count, groups[g].kv_head, &scratch);
+            const int64_t head = groups[g].kv_head;
+            const int copied = !reads_values_in_place(plan, &groups[g]);
+            if (g == 0 || head != groups[g - 1].kv_head) {
+                fetch_tile(call, slots[!now], next, head);
+                if (call->cache_type == BFLOAT16) gather_tile(BFLOAT16, call, slots[now], count, head, copied, &scratch);
+                else gather_tile(FLOAT32, call, slots[now], count, head, copied, &scratch);
             }
-            attend_tile(call, &task, start, count, &groups[g], &scratch);
+            attend_tile(call, &task, start, count, copied, &groups[g], &scratch);
         }
+        count = next;
     }
     for (int64_t g = 0; g < task.groups; g++) write_output(call, &task, &groups[g]);
 }

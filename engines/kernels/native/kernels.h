@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Element types; the numbers are shared with native.py. */
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 typedef struct {
     const float *x; /* (rows, depth), row stride x_stride */
@@ -76,6 +76,38 @@ typedef struct {
     int threads;
 } GumbelCall;
 
+typedef struct {
+    const void *x; /* (rows, width), row stride x_stride */
+    int64_t x_stride;
+    const void *norm_weight; /* (width) or NULL: x goes through an RMS norm first */
+    const uint8_t *codes;    /* laid out as quantized.h says */
+    const void *scale;       /* (panels, depth / group, panel width) of scale_type */
+    const void *offset;      /* the same shape, or NULL: codes are symmetric around zero_point */
+    const void *bias;        /* (columns) or NULL */
+    const void *residual;    /* (rows, columns of out), row stride residual_stride, or NULL */
+    int64_t residual_stride;
+    void *out; /* (rows, columns, or columns / 2 where gated) contiguous, of out_type */
+    void *workspace; /* 64-byte aligned */
+    int64_t workspace_bytes;
+    int64_t rows, width, depth, columns; /* depth: width, filled up with zeros to what a panel holds */
+    int64_t group, block;                /* features that share a weight's scale; that share an activation's */
+    float eps, input_scale;              /* input_scale: of all activations; 0: taken from them */
+    int zero_point;
+    int halves;    /* two codes a byte */
+    int per_token; /* one scale for all of a row's activations */
+    int gated;     /* out = silu(first half of the columns) * second half */
+    int type;      /* of x, norm_weight, bias and residual */
+    int scale_type, out_type, threads;
+} QuantizedCall;
+
+typedef struct {
+    const float *values; /* (rows, width), row stride ``stride`` */
+    int64_t stride;
+    int64_t *out; /* (rows) */
+    int64_t rows, width;
+    int threads;
+} ArgmaxCall;
+
 /* One instruction-set variant. */
 typedef struct {
     int64_t lanes;       /* floats in a vector */
@@ -90,12 +122,15 @@ typedef struct {
     void (*rope)(const RopeCall *call);
     void (*write_cache)(const CacheWriteCall *call);
     void (*gumbel)(const GumbelCall *call);
+    int64_t (*quantized_linear)(const QuantizedCall *call);
+    void (*argmax)(const ArgmaxCall *call);
 } KernelTable;
 
 extern const KernelTable slim_kernels_base;
 #if defined(__x86_64__)
 extern const KernelTable slim_kernels_avx2;
 extern const KernelTable slim_kernels_avx512;
+extern const KernelTable slim_kernels_avx512vnni;
 #endif
 
 /* Does one item; ``worker`` < threads is the same for no two items that run at once. */

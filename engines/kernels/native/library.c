@@ -49,6 +49,7 @@ EXPORT const KernelTable *slim_kernels(const char *variant) {
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2 && strcmp(variant, "avx2") == 0) return &slim_kernels_avx2;
     if (avx512 && strcmp(variant, "avx512") == 0) return &slim_kernels_avx512;
+    if (avx512 && __builtin_cpu_supports("avx512vnni") && strcmp(variant, "avx512vnni") == 0) return &slim_kernels_avx512vnni;
 #endif
     return NULL;
 }
@@ -115,4 +116,15 @@ EXPORT void slim_gumbel(const KernelTable *kernels, const int64_t *seeds, const 
                         int64_t rows, int64_t vocab, int threads) {
     GumbelCall call = {seeds, choices, positions, out, rows, vocab, threads};
     kernels->gumbel(&call);
+}
+
+EXPORT void slim_argmax(const KernelTable *kernels, const float *values, int64_t stride, int64_t *out, int64_t rows, int64_t width,
+                        int threads) {
+    ArgmaxCall call = {values, stride, out, rows, width, threads};
+    kernels->argmax(&call);
+}
+
+/* Returns 0, or the bytes of workspace that it needs and does not have: then it has done nothing. */
+EXPORT int64_t slim_quantized_linear(const KernelTable *kernels, const QuantizedCall *call) {
+    return kernels->quantized_linear(call);
 }

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-VARIANTS = ("avx512", "avx2", "base")
+VARIANTS = ("avx512vnni", "avx512", "avx2", "base")
 """Instruction sets, best first."""
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 """Element types, numbered as in kernels.h."""
+SCALE_CODES = {**TYPE_CODES, torch.float16: 2}
+"""Types of quantized weights' scales."""
 
 
 class AttentionCall(ctypes.Structure):
@@ -47,6 +49,41 @@ class AttentionCall(ctypes.Structure):
     ]
 
 
+class QuantizedCall(ctypes.Structure):
+    """``QuantizedCall`` of kernels.h."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("norm_weight", c_void_p),
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("offset", c_void_p),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+        ("residual_stride", c_int64),
+        ("out", c_void_p),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_int64),
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("depth", c_int64),
+        ("columns", c_int64),
+        ("group", c_int64),
+        ("block", c_int64),
+        ("eps", c_float),
+        ("input_scale", c_float),
+        ("zero_point", c_int),
+        ("halves", c_int),
+        ("per_token", c_int),
+        ("gated", c_int),
+        ("type", c_int),
+        ("scale_type", c_int),
+        ("out_type", c_int),
+        ("threads", c_int),
+    ]
+
+
 _TYPE_AND_THREADS: list[type] = [c_int, c_int]
 _SIGNATURES: dict[str, list[type]] = {
     "slim_panel_width": [],
@@ -60,6 +97,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "slim_rope": [*[c_void_p, *[c_int64] * 3] * 2, c_void_p, c_void_p, c_int64, c_int64, c_int, *_TYPE_AND_THREADS],
     "slim_write_cache": [c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 3, c_int, c_int],
     "slim_gumbel": [*[c_void_p] * 4, c_int64, c_int64, c_int],
+    "slim_argmax": [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int],
+    "slim_quantized_linear": [c_void_p],
 }
 """Exported functions and their arguments after the first, the table of kernels."""
 
@@ -101,7 +140,7 @@ def load_library() -> ctypes.CDLL:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes = [c_void_p, *arguments]
-            function.restype = c_int64 if name.endswith(("width", "workspace")) else None
+            function.restype = c_int64 if name.endswith(("width", "workspace", "quantized_linear")) else None
         library.slim_kernels.argtypes, library.slim_kernels.restype = [c_char_p], c_void_p
         library.slim_share_threads.argtypes, library.slim_share_threads.restype = [c_void_p], None
     except (OSError, AttributeError) as error:

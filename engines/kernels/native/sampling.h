@@ -64,4 +64,35 @@ static void gumbel(const GumbelCall *call) {
     slim_parallel_for(call->rows * tasks, call->threads, gumbel_task, call);
 }
 
+/* The first of the largest values; 0 where all are not numbers. */
+static void argmax_row(const void *context, int64_t row, int worker) {
+    (void)worker;
+    const ArgmaxCall *call = context;
+    const float *values = call->values + row * call->stride;
+    const ivec lane = {IOTA};
+    int64_t i = 0;
+    vec best = splat(-__builtin_inff());
+    ivec places = {0}, at = lane;
+    for (; i + VECTOR_LANES <= call->width; i += VECTOR_LANES, at += VECTOR_LANES) {
+        vec part = load(values + i);
+        ivec larger = part > best;
+        best = choose(larger, part, best);
+        places = (larger & at) | (~larger & places);
+    }
+    float top = max_lanes(best);
+    int64_t place = INT32_MAX;
+    for (int k = 0; k < VECTOR_LANES; k++)
+        if (best[k] == top && places[k] < place) place = places[k];
+    for (; i < call->width; i++) {
+        if (values[i] <= top || values[i] != values[i]) continue;
+        top = values[i];
+        place = i;
+    }
+    call->out[row] = place;
+}
+
+static void argmax(const ArgmaxCall *call) {
+    slim_parallel_for(call->rows, call->threads, argmax_row, call);
+}
+
 #endif

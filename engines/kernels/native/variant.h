@@ -1,8 +1,9 @@
-/* The kernels for one instruction set: included once a variant with VARIANT (the table), VECTOR_LANES and
- * TILE_ROWS defined and the instruction set switched on. */
+/* The kernels for one instruction set: included once a variant with VARIANT (the table), VECTOR_LANES,
+ * TILE_ROWS and QUANTIZED_ROWS (rows that one pass over a panel serves) defined and the instruction set switched on. */
 #include "attention.h"
 #include "elementwise.h"
 #include "gemm.h"
+#include "quantized.h"
 #include "sampling.h"
 
 const KernelTable VARIANT = {
@@ -18,4 +19,6 @@ const KernelTable VARIANT = {
     .rope = rope,
     .write_cache = write_cache,
     .gumbel = gumbel,
+    .quantized_linear = quantized_linear,
+    .argmax = argmax,
 };

@@ -9,6 +9,7 @@
 #define VARIANT slim_kernels_avx2
 #define VECTOR_LANES 8
 #define TILE_ROWS 6
+#define QUANTIZED_ROWS 4
 #include "variant.h"
 
 #if defined(__clang__)

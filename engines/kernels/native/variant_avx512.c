@@ -9,6 +9,7 @@
 #define VARIANT slim_kernels_avx512
 #define VECTOR_LANES 16
 #define TILE_ROWS 12
+#define QUANTIZED_ROWS 12
 #include "variant.h"
 
 #if defined(__clang__)

@@ -52,6 +52,10 @@ INLINE vec load(const float *from) {
     return *(const vec_at *)from;
 }
 
+INLINE vec load_words(const void *from) {
+    return *(const vec_at *)from;
+}
+
 INLINE void store(float *to, vec x) {
     *(vec_at *)to = x;
 }
@@ -64,8 +68,19 @@ INLINE vec maximum(vec a, vec b) {
     return choose(a > b, a, b);
 }
 
+INLINE vec magnitude(vec x) {
+    return (vec)((uvec)x & 0x7fffffff);
+}
+
 INLINE vec widen(hvec bits) {
     return (vec)(__builtin_convertvector(bits, uvec) << 16);
+}
+
+/* IEEE half precision, finite: its bits moved to a float32's place, the exponent's bias made up for by the factor. */
+INLINE vec widen_half(hvec bits) {
+    uvec wide = __builtin_convertvector(bits, uvec);
+    vec size = (vec)((wide & 0x7fff) << 13) * 0x1p112f;
+    return (vec)((uvec)size | (wide & 0x8000) << 16);
 }
 
 /* Rounds to nearest even; a NaN stays one. */
@@ -130,6 +145,18 @@ INLINE float max_lanes(vec x) {
 #endif
     x = maximum(x, SHUFFLE(x, x, SWAP_2));
     x = maximum(x, SHUFFLE(x, x, SWAP_1));
+    return x[0];
+}
+
+INLINE int32_t sum_integers(ivec x) {
+#if VECTOR_LANES >= 16
+    x += SHUFFLE(x, x, SWAP_8);
+#endif
+#if VECTOR_LANES >= 8
+    x += SHUFFLE(x, x, SWAP_4);
+#endif
+    x += SHUFFLE(x, x, SWAP_2);
+    x += SHUFFLE(x, x, SWAP_1);
     return x[0];
 }
 
