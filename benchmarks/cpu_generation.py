@@ -168,7 +168,7 @@ def start_ours(stack: contextlib.ExitStack, model: Path, name: str, logs: Path) 
     port = free_port()
     _, dtype, kv_dtype = name.rsplit("-", 2)
     command = slimserve("serve", str(model), "--port", str(port), "--served-model-name", "smollm2", "--max-batch", "32")
-    command += ["--device", "cpu", "--dtype", dtype, "--kv-dtype", kv_dtype]
+    command += ["--device", "cpu", "--dtype", dtype, "--kv-dtype", kv_dtype, "--keep-quantized"]
     log = logs / f"{name}.log"
     return stack.enter_context(running(f"slimserve {name}", command, port, "/health/ready", log=log))
 

@@ -258,9 +258,13 @@ class LayerQuantizer:
 
 
 def _loudest(name: str, weights: LayerWeights) -> LayerInputs | None:
-    """Of the experts' layers of this kind, the one with the largest input: its static scale fits the others too."""
+    """Of the routed experts' layers of this kind, the one with the largest input: its static scale fits the others."""
     kind = name.rpartition(".")[2]
-    others = [inputs for other, inputs in weights.observers.items() if other.endswith(f".{kind}") and inputs.tokens]
+    others = [
+        inputs
+        for other, inputs in weights.observers.items()
+        if is_expert(other) and other.endswith(f".{kind}") and inputs.tokens
+    ]
     return max(others, key=lambda inputs: 0.0 if inputs.absmax is None else float(inputs.absmax.amax()), default=None)
 
 

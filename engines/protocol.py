@@ -51,6 +51,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that this engine may take for weights, workspace and KV together; None takes the device's default share."""
     threads: int | None = None
     """CPU threads inside one operation; None chooses by measurement."""
+    keep_quantized: bool = False
+    """Keep the quantized weights of a ``.gguf`` file as they are stored, instead of dequantizing them at load."""
     random_weights: int | None = None
     """Seed that fills the config's shapes with random weights instead of reading any file."""
     uniform_routing: bool = False

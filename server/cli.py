@@ -143,6 +143,14 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads. Default: measured at start.", rich_help_panel=MODEL)
     ] = None,
+    keep_quantized: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-quantized",
+            help="Keep a .gguf file's weights quantized: faster on a CPU, less exact.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     random_weights: Annotated[
         int | None,
         typer.Option(metavar="SEED", help="Random weights, none are read: for speed work.", rich_help_panel=MODEL),

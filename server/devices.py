@@ -90,6 +90,7 @@ def _spec(entry: ModelSettings, source: str, device: str, max_batch: int | None)
         max_batch=max_batch,
         memory_limit=int(limit * device_memory(device)) if isinstance(limit, float) else limit,
         threads=entry.threads,
+        keep_quantized=entry.keep_quantized,
         random_weights=entry.random_weights,
         uniform_routing=entry.uniform_routing,
         verified=str(cache_home() / "verified"),

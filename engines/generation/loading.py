@@ -269,5 +269,11 @@ def _size_kv(spec: EngineSpec, model: Model, placement: Placement, model_len: in
 def _fingerprint(spec: EngineSpec, manifest: Manifest, placement: Placement, scales: Sequence[torch.Tensor]) -> str:
     """The same bytes mean other numbers under other scales."""
     dtypes = dtype_name(placement.dtype), dtype_name(placement.kv_dtype)
-    parts = (manifest.fingerprint, *dtypes, spec.random_weights, [layer.tolist() for layer in scales])
+    parts = (
+        manifest.fingerprint,
+        *dtypes,
+        spec.keep_quantized,
+        spec.random_weights,
+        [layer.tolist() for layer in scales],
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -27,7 +27,7 @@ from engines.kernels.cuda.steps import scatter
 from engines.kernels.cuda.truncation import Truncates
 from engines.manifest import read_manifest
 from engines.models.config import DeepseekConfig, ModelConfig, parse_config
-from engines.models.loader import build_model
+from engines.models.loader import build_model, keeps_blocks
 from engines.models.model import Model
 from engines.models.weights import Placement, ShapeSource
 from engines.protocol import Capacity, Row
@@ -165,7 +165,7 @@ def _small_model(engine: Rehearsed) -> Model:
     manifest = read_manifest(Path(spec.source), spec.random_weights is not None)
     placement = Placement(device=META, dtype=KV_DTYPES[engine.dtype])
     config = _few_layers(parse_config(manifest))
-    methods = methods_of(manifest.quantization)
+    methods = methods_of(manifest.quantization if keeps_blocks(manifest, spec) else None)
     return build_model(config, ShapeSource(placement), engine.sizes.model_len, spec.uniform_routing, methods)
 
 

@@ -45,7 +45,8 @@ def load_model(
     config = parse_config(manifest)
     placement = Placement(device=device, dtype=dtype, rank=rank, world=world)
     positions = min(manifest.max_context, spec.max_model_len or manifest.max_context)
-    counter, methods = CountingSource(placement), methods_of(manifest.quantization)
+    keeps = keeps_blocks(manifest, spec)
+    counter, methods = CountingSource(placement), methods_of(manifest.quantization if keeps else None)
     needed = build_model(config, counter, positions, methods=methods).weight_bytes
     require_memory(spec.name, needed, dtype, device, spec.memory_limit)
     if spec.random_weights is not None:
@@ -53,7 +54,7 @@ def load_model(
         return build_model(config, random, positions, spec.uniform_routing, methods)
     if spec.uniform_routing:
         raise EngineLoadError(f"{spec.name}: uniform routing is for measurements with random weights only")
-    source = FileSource(placement, _open(manifest), report, counter.taken_bytes)
+    source = FileSource(placement, _open(manifest, keeps), report, counter.taken_bytes)
     model = build_model(config, source, positions, methods=methods)
     if config.tied_head and HEAD in source.reader.shapes:
         _check_tied(source, model)
@@ -64,14 +65,19 @@ def load_model(
     return model
 
 
+def keeps_blocks(manifest: Manifest, spec: EngineSpec) -> bool:
+    """Whether quantized weights stay so. Those of a ``.gguf`` file are dequantized unless the spec says otherwise."""
+    return manifest.format != "gguf" or spec.keep_quantized
+
+
 def open_weights(manifest: Manifest) -> tuple[TensorReader, Methods]:
     """The model's files, and how a layer's weight is made of their tensors. Raises EngineLoadError."""
-    return _open(manifest), methods_of(manifest.quantization)
+    return _open(manifest, keep_blocks=True), methods_of(manifest.quantization)
 
 
-def _open(manifest: Manifest) -> TensorReader:
+def _open(manifest: Manifest, keep_blocks: bool) -> TensorReader:
     if manifest.format == "gguf":
-        return GgufReader(manifest.files[0], manifest.config["head_dim"], keep_blocks=True)
+        return GgufReader(manifest.files[0], manifest.config["head_dim"], keep_blocks)
     return SafetensorsReader(manifest.files)
 
 
