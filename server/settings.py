@@ -81,8 +81,8 @@ class ModelOptions(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     """CPU threads inside one operation. Default: chosen by measurement at start."""
     keep_quantized: bool = False
-    """Keep the weights of a quantized .gguf file as they are stored. On a CPU this takes a fifth of the memory of float32
-    and gives about twice the speed, and inputs of products are rounded to 8 bits, as llama.cpp does: perplexity rises by
+    """Keep the weights of a quantized .gguf file as they are stored. On a CPU this takes a fifth of the memory and
+    is two to three times as fast, and inputs of products are rounded to 8 bits, as in llama.cpp: perplexity rises by
     0.3 %, and some answers change."""
     random_weights: int | None = Field(default=None, ge=0)
     """Seed: fill the model's shapes with random weights and read none. For speed work and tests."""
