@@ -32,11 +32,12 @@ def test_a_tenant_that_floods_does_not_make_another_wait(tmp_path: Path) -> None
     assert flooded.p90 <= 1.5 * alone.p90, (alone, flooded)
 
 
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
-    """One stream at a time, 50 ms a step."""
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[FakeServer]:
+    """One stream at a time, 50 ms a step. Fresh each time: a server that has seen streams end predicts how long one
+    takes, and refuses at the door what this one lets wait."""
     config = configuration("fake fake_step_seconds=0.05", max_batch=1)
-    with fake_server(tmp_path_factory.mktemp("slow"), config) as server:
+    with fake_server(tmp_path, config) as server:
         yield server
 
 
