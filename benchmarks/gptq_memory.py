@@ -83,6 +83,7 @@ def measure(config: ModelConfig, folder: Path, layers: int, windows: int, tokens
         weights = LayerWeights(random_layer(config, index))
         quantizer.quantize(index, weights, rows, streams[index], streams[index + 1])
         peak = peak_bytes() - start
+        del weights
         seconds = time.perf_counter() - began
         print(f"layer {index}: {peak / 1e9:.2f} GB, {peak / bound:.2f} of the bound, {seconds:.0f} s")
 

@@ -18,8 +18,8 @@ from compression.quantize.base import LayerInputs, Scheme
 from compression.quantize.grids import by_group, full_range
 from engines.kernels.quantized import round_activations
 
-POWERS = tuple(step / 10 for step in range(10))
-SAMPLES = 256
+POWERS = tuple(step / 20 for step in range(20))
+SAMPLES = 512
 """Input rows that the outputs are compared on."""
 
 

@@ -48,7 +48,7 @@ class Grid:
         )
 
 
-ROWS = 2048
+ROWS = 1024
 """Rows of a matrix that are worked on at once: what comes beside the weights stays small."""
 
 
