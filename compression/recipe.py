@@ -85,8 +85,6 @@ class Recipe(_Part, frozen=True, kw_only=True):
     experts: ExpertBudget | None = None
     calibration: Calibration | None = None
     """None: nothing has to be calibrated."""
-    compensation: Literal["none", "scales"] = "none"
-    """Tune the scales at the end, by distillation from the unquantized model."""
     promise: dict[LayerClass, Share] = {}
     """Least share of each class's parameters that comes out quantized; the command fails below it."""
 
@@ -97,7 +95,7 @@ class Recipe(_Part, frozen=True, kw_only=True):
         wants = any(rule.method == "gptq" or rule.static_input for rule in rules)
         # Without a calibration section, k-means goes by the weights alone.
         wants = wants or (self.calibration is not None and any(rule.method == "kmeans" for rule in rules))
-        return wants or self.scaling is not None or self.experts is not None or self.compensation != "none"
+        return wants or self.scaling is not None or self.experts is not None
 
 
 def preset_names() -> list[str]:
