@@ -3,6 +3,7 @@
     python -m benchmarks.batching_sim                       benchmarks/simulation/grid.toml: 5,000 runs of 1 to 3 s
     python -m benchmarks.batching_sim --quick               two seeds and shorter runs
     python -m benchmarks.batching_sim --rows code flood
+    python -m benchmarks.batching_sim --journal FILE        go on where an earlier run with this file was stopped
     python -m benchmarks.batching_sim --capacities          set the grid's capacities after a change of coefficients
 
 The settings of the static baseline are chosen on the first half of each trace and scored on the second. Writes
@@ -17,6 +18,7 @@ import json
 import os
 import time
 from operator import attrgetter
+from pathlib import Path
 
 import msgspec
 
@@ -25,6 +27,7 @@ from benchmarks.simulation.capacity import capacities
 from benchmarks.simulation.coefficients import Coefficients, read
 from benchmarks.simulation.experiment import Comparison, Runner
 from benchmarks.simulation.grid import Grid, read_grid, write_capacities
+from benchmarks.simulation.journal import Journal, world
 from benchmarks.simulation.tables import bars, markdown
 from benchmarks.simulation.traces import recorded
 
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--capacities", action="store_true")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="keeps the scores of runs that are done")
     arguments = parser.parse_args()
     grid = chosen_grid(arguments)
     coefficients = read(grid.coefficients)
@@ -102,7 +106,8 @@ def main() -> None:
     def tell(text: str) -> None:
         print(f"  {time.perf_counter() - began:6.0f} s  {text}", flush=True)
 
-    runner = Runner(grid, coefficients, arguments.jobs, tell)
+    journal = Journal(arguments.journal, world(grid, coefficients)) if arguments.journal else None
+    runner = Runner(grid, coefficients, arguments.jobs, tell, journal)
     write(runner.compare(), facts, lines)
 
 

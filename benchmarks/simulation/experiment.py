@@ -12,6 +12,7 @@ import msgspec
 from benchmarks.simulation import policies
 from benchmarks.simulation.coefficients import Coefficients
 from benchmarks.simulation.grid import Grid
+from benchmarks.simulation.journal import Journal
 from benchmarks.simulation.policies import Policy
 from benchmarks.simulation.run import Simulation
 from benchmarks.simulation.scoring import Score, score
@@ -72,24 +73,38 @@ class Comparison:
 
 
 class Runner:
-    """Runs tasks in processes; ``tell`` hears of progress."""
+    """Runs tasks in processes; ``tell`` hears of progress. What the ``journal`` knows is not run again."""
 
-    def __init__(self, grid: Grid, coefficients: Coefficients, jobs: int, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        coefficients: Coefficients,
+        jobs: int,
+        tell: Callable[[str], None],
+        journal: Journal | None = None,
+    ) -> None:
         self._grid = grid
+        self._journal = journal
         self._coefficients = msgspec.structs.replace(coefficients, samples=[])  # no run needs them
         self._jobs = jobs
         self._tell = tell
 
     def run(self, tasks: Sequence[Task]) -> list[Score]:
         """Scores in the order of the tasks."""
-        scores = []
-        arguments = [(self._grid, self._coefficients, task) for task in tasks]
+        journal = self._journal
+        scores = {task: known for task in tasks if journal is not None and (known := journal.find(task)) is not None}
+        missing = [task for task in dict.fromkeys(tasks) if task not in scores]
+        if scores:
+            self._tell(f"{len(scores)} of {len(tasks)} runs were done before")
+        arguments = [(self._grid, self._coefficients, task) for task in missing]
         with multiprocessing.get_context("spawn").Pool(self._jobs) as pool:
-            for done, result in enumerate(pool.imap(_run_task, arguments), start=1):
-                scores.append(result)
-                if done % 50 == 0:
-                    self._tell(f"{done} of {len(tasks)} runs")
-        return scores
+            for task, result in zip(missing, pool.imap(_run_task, arguments), strict=True):
+                scores[task] = result
+                if journal is not None:
+                    journal.add([(task, result)])
+                if len(scores) % 50 == 0:
+                    self._tell(f"{len(scores)} of {len(tasks)} runs")
+        return [scores[task] for task in tasks]
 
     def compare(self) -> Comparison:
         """Raises ValueError for a grid without rows, loads or seeds."""

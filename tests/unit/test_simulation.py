@@ -8,12 +8,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.simulation.coefficients import HostCosts, StepShape
-from benchmarks.simulation.experiment import Runner
+from benchmarks.simulation.coefficients import Coefficients, HostCosts, StepShape
+from benchmarks.simulation.experiment import Runner, Task
+from benchmarks.simulation.journal import Journal, world
 from benchmarks.simulation.plot import draw
 from benchmarks.simulation.policies import OURS, first_come
 from benchmarks.simulation.run import Outcome, Simulation
-from benchmarks.simulation.scoring import mean_interval, score, score_outcomes
+from benchmarks.simulation.scoring import Score, mean_interval, score, score_outcomes
 from benchmarks.simulation.tables import Bar, bars, markdown
 from benchmarks.simulation.workload import workload
 from tests.unit.simulated import COSTS, request, small_grid, steady
@@ -135,6 +136,32 @@ def test_ours_keeps_its_goodput_in_an_overload_where_first_come_first_served_los
     peak = max(goodput(OURS, load) for load in (0.8, 1.0, 1.2))
     assert goodput(OURS, 1.5) >= 0.9 * peak
     assert goodput(static, 1.5) <= 0.5 * goodput(OURS, 1.5)
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+    grid = msgspec.structs.replace(small_grid(), seconds=3.0)
+    tasks = [Task(OURS, grid.rows[0].name, 0.8, seed) for seed in (1, 2, 3)]
+    path = tmp_path / "journal.jsonl"
+
+    def runner(heard: list[str], coefficients: Coefficients) -> Runner:
+        return Runner(grid, coefficients, 1, heard.append, Journal(path, world(grid, coefficients)))
+
+    first = runner([], steady()).run(tasks[:2])
+    path.write_bytes(path.read_bytes()[:-10])  # killed while it wrote the second
+    heard: list[str] = []
+    again = runner(heard, steady()).run(tasks)
+    assert heard == ["1 of 3 runs were done before"]
+    assert [replaced(score) for score in again[:2]] == [replaced(score) for score in first]
+    assert len({score.ttft_p90 for score in again}) == 3
+    heard = []
+    runner(heard, steady()).run(tasks)
+    assert heard == ["3 of 3 runs were done before"]
+    assert Journal(path, world(grid, msgspec.structs.replace(steady(), note="another"))).find(tasks[0]) is None
+
+
+def replaced(score: Score) -> Score:
+    """Without what this machine's clock says."""
+    return msgspec.structs.replace(score, plan_p99=0.0)
 
 
 def test_the_whole_comparison_in_short(tmp_path: Path) -> None:
