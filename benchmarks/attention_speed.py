@@ -90,7 +90,8 @@ def make_case(heads: Heads, counts: list[int], contexts: list[int], captured: bo
     """Rows of these new tokens at the end of these contexts; ``captured`` with bounds as a captured step has."""
     widest = -(-max(contexts) // BLOCK_SIZE)
     blocks = sum(-(-context // BLOCK_SIZE) for context in contexts)
-    order, tables, taken = torch.randperm(blocks), torch.zeros(len(counts), BOUND // BLOCK_SIZE), 0
+    order, taken = torch.randperm(blocks), 0
+    tables = torch.zeros(len(counts), max(BOUND // BLOCK_SIZE, widest))
     slots, positions = [], []
     for row, (count, context) in enumerate(zip(counts, contexts, strict=True)):
         used = -(-context // BLOCK_SIZE)

@@ -68,23 +68,31 @@ class OfflineServing:
 
         ``on_step`` is called after each settled step. Raises RuntimeError where the scheduler refuses a request.
         """
-        items = [self._item(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+        items = deque(self._item(prompt, output) for prompt, output in zip(prompts, outputs, strict=True))
         run, started = Run(), self._clock()
         self._waiting = {item.item for item in items}
-        for item in items:
-            refusal = self._scheduler.offer([item], started)
-            if refusal is not None:
-                raise RuntimeError(f"the scheduler refuses a request: {refusal}")
         while True:
+            self._offer(items, started)
             launched = self._launch()
-            if not launched and not self._tickets:
+            if not launched and not self._tickets and not items:
                 break
-            if not launched or len(self._tickets) == MAX_IN_FLIGHT:
+            if self._tickets and (not launched or len(self._tickets) == MAX_IN_FLIGHT):
                 self._settle(run, started)
                 if on_step is not None:
                     on_step()
         run.seconds = self._clock() - started
         return run
+
+    def _offer(self, items: deque[Item], now: float) -> None:
+        """The prompts of one more step. A server's requests come while steps run: the device waits for the first
+        ones alone."""
+        room = self._engine.capacity.max_step_tokens
+        while items and room > 0:
+            item = items.popleft()
+            refusal = self._scheduler.offer([item], now)
+            if refusal is not None:
+                raise RuntimeError(f"the scheduler refuses a request: {refusal}")
+            room -= len(item.tokens)
 
     def _item(self, prompt: list[int], output: int) -> Item:
         number = next(self._numbers)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import queue
+import re
 import socket
 import subprocess
 import tempfile
@@ -60,6 +61,8 @@ class Phases:
     ready: float
     first_token: float
     """The first event with text is at the client, which asked as soon as the server was ready."""
+    worker: dict[str, float]
+    """How long each part of the worker's start took, by its log; ``before`` is what passed until its process began."""
 
 
 class _Names(CountingSource):
@@ -160,8 +163,8 @@ def _serving(folder: Path, home: Path, port: int) -> Iterator[tuple[_Watched, fl
             process.terminate()
 
 
-def measure_start(folder: Path, home: Path) -> Phases:
-    """Raises RuntimeError where the server does not start or does not answer."""
+def measure_start(folder: Path, home: Path, log: Path | None = None) -> Phases:
+    """``log`` gets what the server said, with times. Raises RuntimeError where it does not start or answer."""
     port = free_port()
     name = folder.name
     with _serving(folder, home, port) as (server, started):
@@ -170,12 +173,15 @@ def measure_start(folder: Path, home: Path) -> Phases:
         server.wait_line(lambda line: line.startswith("ready: "))
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
             first_token = _first_event(client, name) - started
+        if log is not None:
+            log.write_text("".join(f"{seconds:7.3f} {line}" for seconds, line in server.seen))
         return Phases(
             first_line=server.seen[0][0],
             http_bound=bound.get(timeout=PATIENCE),
             weights_read=_weights_read(server.seen, name),
             ready=server.seen[-1][0],
             first_token=first_token,
+            worker=worker_phases(server.seen, name),
         )
 
 
@@ -210,21 +216,36 @@ def _weights_read(lines: list[tuple[float, str]], model: str) -> float | None:
     return phases[reading[-1] + 1][0]
 
 
+def worker_phases(lines: list[tuple[float, str]], model: str) -> dict[str, float]:
+    """Of the worker's line ``MODEL: loaded in 7.90 s: interpreter 0.20, libraries 2.10, ...``, seconds by phase."""
+    pattern = re.compile(rf"{re.escape(model)}: loaded in ([\d.]+) s: (.+)")
+    for seconds, line in lines:
+        if found := pattern.search(line):
+            parts = (part.rpartition(" ") for part in found[2].strip().split(", "))
+            before = {"before": round(seconds - float(found[1]), 2)}
+            return before | {name: float(took) for name, _, took in parts}
+    return {}
+
+
 def show(model: str, kind: str, phases: Phases) -> None:
     def seconds(value: float | None) -> str:
         return "   -" if value is None else f"{value:5.2f} s"
 
-    parts = (f"{name.replace('_', ' ')} {seconds(value)}" for name, value in asdict(phases).items())
+    times = {name: value for name, value in asdict(phases).items() if name != "worker"}
+    parts = (f"{name.replace('_', ' ')} {seconds(value)}" for name, value in times.items())
     line = f"{model} start, {kind} kernel cache: " + ", ".join(parts)
     if model == BARRED and torch.cuda.is_available():
         line += f"; bar <= {BARS[kind]:.0f} s: " + ("met" if phases.first_token <= BARS[kind] else "MISSED")
     print(line, flush=True)
+    if phases.worker:
+        print("  worker: " + ", ".join(f"{name} {took:.2f}" for name, took in phases.worker.items()), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(CONFIGS))
     parser.add_argument("--output", type=Path, help="file for the figures as JSON")
+    parser.add_argument("--logs", type=Path, help="folder for what the servers say, with times")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as parent:
         folder = write_model(Path(parent), arguments.model)
@@ -236,7 +257,8 @@ def main() -> None:
         home.mkdir()
         result: dict[str, Any] = {}
         for kind in BARS:
-            phases = measure_start(folder, home)
+            log = None if arguments.logs is None else arguments.logs / f"serve-{arguments.model}-{kind}.log"
+            phases = measure_start(folder, home, log)
             show(arguments.model, kind, phases)
             result[kind] = asdict(phases)
     if arguments.output is not None:

@@ -39,8 +39,9 @@ from engines.kernels.cuda.expert_tuning import (
     table_name,
 )
 from engines.kernels.cuda.experts import Grouping, combine, expert_products
+from engines.kernels.cuda.experts_one import one_token
 from engines.kernels.cuda.grouping import group_pairs
-from engines.kernels.cuda.mixture import mixture
+from engines.kernels.cuda.mixture import MOST_ALONE, mixture
 from engines.kernels.cuda.routing import Routed, choose_experts
 from engines.kernels.cuda.scratch import counters
 from tests.expert_cases import EPS, ExpertCase, Shape
@@ -55,6 +56,11 @@ SHARED_MEMORY = 227 << 10
 
 def candidates(tokens: int, rows: int) -> Iterator[Tile]:
     """``rows`` weight lines a column: 2 for gate and up, else 1."""
+    if tokens == 1 and rows == 1:
+        # A token's experts side by side: a tile has the columns of all of them.
+        shapes = [(8, 64), (8, 128), (16, 64), (16, 128), (32, 64)]
+        yield from (Tile(8, n, k, 8, s) for n, k in shapes for s in (3, 4, 6) if 16 * (n + 8) * k * s <= SHARED_MEMORY)
+        return
     if bucket_of(tokens) == MANY:
         sizes = [(128, 64, 8), (128, 128, 8), (64, 128, 8), (128, 256, 8), (256, 128, 8)]
         found = [Tile(m, n, 64, w, s) for m, n, w in sizes for s in (3, 4)]
@@ -91,6 +97,9 @@ class Step:
         return self.case.with_rule(uniform_layer=layer)
 
     def products(self, tiles: Tiles, layer: int) -> torch.Tensor:
+        """One token's with the sum in them."""
+        if self.tokens <= MOST_ALONE:
+            return one_token(self.case.hidden, self.routed[layer], self.cases[layer].stacks, tiles, True)
         return expert_products(self.routed[layer], self.cases[layer].stacks, self.groupings[layer], tiles, self.few)
 
     def whole(self, tiles: Tiles, layer: int) -> torch.Tensor:
@@ -142,7 +151,7 @@ class Search:
 def parts(step: Step, tiles: Tiles) -> dict[str, float]:
     """Microseconds of the layer and of what it is made of."""
     case, scratch = step.case, step.scratch
-    products = [step.products(tiles, layer) for layer in range(COPIES)]
+    products = [] if step.tokens <= MOST_ALONE else [step.products(tiles, layer) for layer in range(COPIES)]
 
     def sum_up(layer: int) -> torch.Tensor:
         return combine(
@@ -157,7 +166,7 @@ def parts(step: Step, tiles: Tiles) -> dict[str, float]:
         "layer": over_copies(partial(step.whole, tiles)),
         "route": over_copies(choose),
         "products": over_copies(partial(step.products, tiles)),
-        "combine": over_copies(sum_up),
+        "combine": over_copies(sum_up) if products else 0.0,
         "torch": grouped_mm(step),
     }
 

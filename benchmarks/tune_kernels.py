@@ -11,7 +11,6 @@ Files go to ``$OUT`` or benchmarks/results; --install also puts the table where 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import time
@@ -26,6 +25,8 @@ import torch
 
 from benchmarks import report
 from benchmarks.floors import read_bandwidth
+from benchmarks.tune_descent import describe
+from benchmarks.tune_tables import merged, write_table
 from benchmarks.tuned_layers import DTYPE, EPS, LAYERS, Inputs, Layer, microseconds
 from engines.kernels.cuda.binary_cache import choose_folder
 from engines.kernels.cuda.tuning import (
@@ -34,11 +35,10 @@ from engines.kernels.cuda.tuning import (
     Machine,
     SkinnyConfig,
     block_rows,
-    fields_of,
     machine_of,
     predicted_us,
     ranked,
-    table_name,
+    table_entries,
 )
 
 DEVICE = torch.device("cuda")
@@ -179,16 +179,6 @@ def _fastest(found: Found, rows: int, count: int) -> list[SkinnyConfig]:
     return [config for config, _ in sorted(kernels, key=lambda item: item[1])[:count]]
 
 
-def describe(config: SkinnyConfig | None) -> str:
-    if config is None:
-        return "cublas"
-    kind = "wide" if config.parts == 0 else f"p{config.parts}"
-    return (
-        f"{config.block_n}x{config.block_k} {kind} s{config.splits} w{config.warps} st{config.stages}"
-        f" pf{config.prefetch * config.block_n >> 10}k{' early' if config.early else ''}"
-    )
-
-
 def print_tables(results: list[Found], bandwidth: float) -> dict[str, dict[int, float]]:
     """Each layer's best at some numbers of rows, then the byte-weighted shares of the bandwidth by model and rows."""
     widths = (24, 4, 8, 8, 7, 30)
@@ -217,19 +207,9 @@ def print_tables(results: list[Found], bandwidth: float) -> dict[str, dict[int, 
 
 def write(results: list[Found], machine: Machine, bandwidth: float, shares: object, install: bool) -> None:
     folder = Path(os.environ["OUT"]) if "OUT" in os.environ else report.RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = {
-        found.layer.shape.key(): {
-            str(rows): None if config is None else fields_of(config) for rows, config in found.best.items()
-        }
-        for found in results
-    }
-    chip = {"gpu": machine.name, "capability": machine.capability, "multiprocessors": machine.multiprocessors}
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
-    text = json.dumps(chip)[:-1] + ', "entries": {\n' + lines + "\n}}\n"
+    entries = merged(table_entries(machine, TABLES), {found.layer.shape: found.best for found in results}, machine)
     for place in [folder, TABLES] if install else [folder]:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / table_name(machine.name)).write_text(text)
+        write_table(place, machine, entries)
     timings = {
         f"{found.layer.model} {found.layer.name}": {
             rows: {describe(config): round(time, 2) for config, time in sorted(times.items(), key=lambda item: item[1])}

@@ -20,7 +20,6 @@ from engines.protocol import (
     EngineInfo,
     EngineSpec,
     LoadProgress,
-    OneShotRow,
     ReportProgress,
     Row,
     RowResult,
@@ -179,7 +178,7 @@ class FakeEngine:
             tokens = sum(row.count for row in rows)
             fits = plan.graph_tokens in capacity.graph_tokens and plan.graph_tokens >= tokens
             _require(fits and not all(decodes), f"no graph of {plan.graph_tokens} tokens for this step")
-        _check_one_shot(plan.one_shot)
+        _check_one_shot(plan, capacity.one_shot_rows)
 
     def _admit(self, admit: Admit) -> None:
         _require(0 <= admit.slot < self._capacity.max_rows, f"there is no slot {admit.slot}")
@@ -245,10 +244,14 @@ class FakeEngine:
         return RowResult(item=row.item, tokens=[token], logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 
-def _check_one_shot(rows: Sequence[OneShotRow]) -> None:
+def _check_one_shot(plan: StepPlan, sizes: Sequence[int]) -> None:
+    rows = plan.one_shot
     _require(len({row.bucket for row in rows}) <= 1, "a step mixes shape buckets")
     _require(len({row.item for row in rows}) == len(rows), "an item has two rows in a step")
     _require(all(row.rows > 0 for row in rows), "a one-shot item has no rows")
+    total = sum(row.rows for row in rows)
+    padded = next((size for size in sizes if size >= total > 0), total)
+    _require(plan.padded_rows == padded, f"{total} rows are padded to {plan.padded_rows} and not to {padded}")
 
 
 def _require(condition: bool, text: str) -> None:

@@ -14,6 +14,8 @@ import msgspec
 EngineKind = Literal["generation", "fake"]
 End = Literal["", "stop", "length", "cancelled", "error"]
 """How an item ended; the empty string means that it goes on."""
+Irregular = Literal["", "compile", "capture", "swap"]
+"""What took part of a step's time beside its work: compiling, capturing a graph, moving memory between tiers."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +84,16 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """Row counts for which a captured graph of decodes exists, ascending."""
     graph_tokens: tuple[int, ...] = ()
     """Flat token counts for which a captured graph of any other step exists, ascending."""
+    one_shot_rows: tuple[int, ...] = ()
+    """Row counts that steps of one-shot items are padded to, ascending; one of more rows, or of any where there are
+    none, is computed as it is."""
+
+
+class LoadPhase(msgspec.Struct, frozen=True):
+    """One part of a load, in the order in which they came."""
+
+    name: str
+    seconds: float
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +109,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int
     threads: int
     load_seconds: float
+    load_phases: tuple[LoadPhase, ...] = ()
+    """What the time of the load went into."""
     vocab_size: int
     measured: Measured | None = None
     """What ``EngineSpec.measured`` may say at the next load."""
@@ -179,6 +193,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Captured graph to run where all rows decode, from ``Capacity.graph_rows``; 0 runs without one."""
     graph_tokens: int = 0
     """The same for any other step, from ``Capacity.graph_tokens``."""
+    padded_rows: int = 0
+    """Rows of a step of one-shot items with the blank ones, from ``Capacity.one_shot_rows``."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -208,15 +224,18 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[RowResult]
     seconds: float
     """Time that the device worked on this step."""
-    irregular: bool = False
-    """Something else than the step's work took part of the time: compilation, a graph capture, a swap."""
+    irregular: Irregular = ""
+    """Such a step says nothing of how long its work takes; the empty string is the usual."""
 
 
 class StepSample(msgspec.Struct, frozen=True, kw_only=True):
     """How long the device works on a step of some size, measured at load. A decode is a row that computes one token."""
 
     rows: int
-    tokens: int
+    """Of one-shot items with the blank ones."""
+    tokens: int = 0
+    bucket: int | None = None
+    """Shape bucket of one-shot items; None for sequences."""
     decode_pairs: float = 0.0
     """Query-key pairs of the decodes."""
     prompt_pairs: float = 0.0

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from engines.protocol import EngineLoadError
+from engines.patterns import compile_pattern
 
 EMBEDDING_LAYER, HEAD_LAYER = "model.embed_tokens", "lm_head"
 
@@ -117,7 +117,7 @@ class LayerFormats:
     """
 
     def __init__(self, quantization: Quantization) -> None:
-        """Raises EngineLoadError for a pattern that is no regular expression."""
+        """Raises EngineLoadError for a pattern that is no regular expression, or could take very long."""
         self._by_target = {target: rule.format for rule in quantization.rules for target in rule.targets}
         self._patterns = _compile(self._by_target)
         self._ignored = frozenset(quantization.ignored)
@@ -137,10 +137,5 @@ class LayerFormats:
 
 
 def _compile(targets: dict[str, LayerFormat] | tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
-    patterns = []
-    for target in sorted(each for each in targets if each.startswith("re:")):
-        try:
-            patterns.append((target, re.compile(target.removeprefix("re:"))))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise EngineLoadError(f"quantization_config: {target[:80]!r} is no regular expression") from error
-    return patterns
+    chosen = sorted(target for target in targets if target.startswith("re:"))
+    return [(target, compile_pattern(target.removeprefix("re:"), "quantization_config")) for target in chosen]

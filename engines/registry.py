@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Protocol, cast
 
+from engines.gpu_start import open_gpu
 from engines.protocol import Engine, EngineKind, EngineLoadError, EngineSpec, ReportProgress
 
 KINDS: Mapping[EngineKind, str] = {
@@ -19,14 +21,36 @@ class EngineClass(Protocol):
     def load(self, spec: EngineSpec, report: ReportProgress) -> Engine: ...
 
 
+def prepare(kind: EngineKind, device: str) -> None:
+    """Import what an engine of this kind needs, and open its GPU meanwhile. What cannot be had is told by ``create``.
+
+    The garbage collector rests: it finds nothing in imports, and costs a tenth of their time.
+    """
+    if kind == "generation" and device.startswith("cuda"):
+        open_gpu(device)
+    gc.disable()
+    try:
+        _engine_class(kind)
+    except Exception:  # noqa: BLE001 - it fails again where the engine is asked for
+        return
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def create(spec: EngineSpec, report: ReportProgress) -> Engine:
     """Load the engine that the spec describes; may take minutes and calls ``report`` meanwhile.
 
     Raises EngineLoadError for what the user can mend: a model that cannot be served, a library that is not installed.
     """
-    module, _, name = KINDS[spec.kind].partition(":")
     try:
-        engine_class = cast(EngineClass, getattr(import_module(module), name))
+        engine_class = _engine_class(spec.kind)
     except ModuleNotFoundError as error:
         raise EngineLoadError(f"an engine of the kind {spec.kind!r} needs the Python package {error.name!r}") from error
     return engine_class.load(spec, report)
+
+
+def _engine_class(kind: EngineKind) -> EngineClass:
+    """Raises ImportError."""
+    module, _, name = KINDS[kind].partition(":")
+    return cast(EngineClass, getattr(import_module(module), name))

@@ -24,16 +24,18 @@ from server.admission import Door
 from server.api.replies import ReloadOutcome
 from server.api.routes import create_api
 from server.api.state import ApiSettings, ApiState, ModelState, ReadyState, ServedModel
+from server.devices import worker_settings
 from server.display import ServeDisplay
 from server.errors import EngineUnavailable, SlimserveError
 from server.http_server import HttpServer, bind
 from server.metrics import Metrics
-from server.reload import Reloader, admission_limits, devices, worker_settings
+from server.reload import Reloader, admission_limits, devices
 from server.served_models import LocatedModel, locate, read_model
 from server.settings import Settings
 from server.tenants import TenantTable
 from server.version import version
 from server.worker.engine_status import EngineStatus
+from server.worker.process import FirstWorker
 from server.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -54,8 +56,9 @@ class Application:
         listener: socket.socket,
         display: ServeDisplay,
         reread: Callable[[], Settings],
+        first: FirstWorker,
     ):
-        """``reread`` gives the settings of a reload.
+        """``reread`` gives the settings of a reload; ``first`` runs already.
 
         Raises EngineLoadError and UsageError for models that cannot be served on this machine.
         """
@@ -78,6 +81,7 @@ class Application:
             door=door,
             on_change=self._engine_changed,
             on_revert=lambda name: self._reloader.revert(name),
+            first=first,
         )
         self._state = self._api_state(settings, models_read, tenants)
         self._reloader = Reloader(settings, located, reread, self._state, self._supervisor, door, display)
@@ -219,8 +223,9 @@ class Application:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(settings: Settings, display: ServeDisplay, reread: Callable[[], Settings]) -> int:
-    """Run a server until it is stopped; the exit status. ``reread`` gives the settings of a reload.
+def serve(settings: Settings, display: ServeDisplay, reread: Callable[[], Settings], first: FirstWorker) -> int:
+    """Run a server until it is stopped; the exit status. ``reread`` gives the settings of a reload; ``first`` is the
+    first worker's process.
 
     Raises CommandFailed, UsageError and EngineLoadError.
     """
@@ -228,6 +233,6 @@ def serve(settings: Settings, display: ServeDisplay, reread: Callable[[], Settin
         models = [locate(entry, display) for entry in settings.models]
 
         async def run() -> int:
-            return await Application(settings, models, listener, display, reread).run()
+            return await Application(settings, models, listener, display, reread, first).run()
 
         return asyncio.run(run())

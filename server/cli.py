@@ -194,12 +194,15 @@ def serve(
         served_model_name=served_model_name,
     )
     settings = read()
-    from server.app import serve as run
-    from server.display import ServeDisplay
-    from server.logs import configure_logging
+    from server.devices import start_first_worker
 
-    configure_logging(settings.log_level)
-    raise typer.Exit(run(settings, ServeDisplay(_console()), read))
+    with start_first_worker(settings) as first:
+        from server.app import serve as run
+        from server.display import ServeDisplay
+        from server.logs import configure_logging
+
+        configure_logging(settings.log_level)
+        raise typer.Exit(run(settings, ServeDisplay(_console()), read, first))
 
 
 @app.command()

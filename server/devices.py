@@ -1,4 +1,4 @@
-"""Which devices this machine has, found without torch, and which worker process gets which model."""
+"""Which devices this machine has, found without torch, and what worker processes get: models, and settings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import psutil
 
 from engines.protocol import EngineSpec
 from server.catalog import cache_home
-from server.errors import UsageError
-from server.settings import ModelSettings
+from server.errors import CommandFailed, UsageError
+from server.settings import ModelSettings, Settings
+from server.worker.engine_status import WorkerSettings
+from server.worker.process import FirstWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,28 @@ def _torch_has_cuda() -> bool:
         return False
     version = Path(found.origin).with_name("version.py")
     return version.is_file() and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
+
+
+def worker_settings(settings: Settings) -> WorkerSettings:
+    """What each worker is told of times and budgets."""
+    return WorkerSettings(
+        scheduler=settings.scheduler_config(),
+        log_level=settings.log_level,
+        step_timeout=settings.step_timeout,
+        load_timeout=settings.load_timeout,
+        max_restarts=settings.max_restarts,
+    )
+
+
+def start_first_worker(settings: Settings) -> FirstWorker:
+    """The process of the first device that ``assign`` will name, before anything else is known of the models: what it
+    imports takes longer than all that this process has to do. Raises CommandFailed, or UsageError as ``assign``."""
+    entry = settings.models[0]
+    device = _device(entry, 0, visible_gpus())
+    try:
+        return FirstWorker.start(worker_settings(settings), entry.kind, device)
+    except OSError as error:
+        raise CommandFailed(f"a worker process cannot be started: {error.strerror}") from None
 
 
 def assign(models: Sequence[tuple[ModelSettings, str]], *, gpus: int, max_batch: int | None) -> list[WorkerPlan]:

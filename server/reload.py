@@ -9,13 +9,12 @@ from engines.protocol import EngineLoadError, EngineSpec
 from server.admission import AdmissionLimits, Door
 from server.api.replies import ReloadOutcome
 from server.api.state import ApiState, ServedModel
-from server.devices import assign, visible_gpus
+from server.devices import assign, visible_gpus, worker_settings
 from server.display import ServeDisplay
 from server.errors import CommandFailed, Conflict, InvalidRequest, SlimserveError, UsageError
 from server.served_models import LocatedModel, locate, read_model
 from server.settings import ModelSettings, Settings
 from server.tenants import TenantTable
-from server.worker.engine_status import WorkerSettings
 from server.worker.supervisor import Supervisor
 
 FIXED = ("host", "port", "allow_remote_without_key", "log_level")
@@ -165,16 +164,6 @@ def _close(models: Iterable[ServedModel]) -> None:
 
 def admission_limits(settings: Settings) -> AdmissionLimits:
     return AdmissionLimits(max_queue=settings.max_queue, max_wait=settings.max_wait)
-
-
-def worker_settings(settings: Settings) -> WorkerSettings:
-    return WorkerSettings(
-        scheduler=settings.scheduler_config(),
-        log_level=settings.log_level,
-        step_timeout=settings.step_timeout,
-        load_timeout=settings.load_timeout,
-        max_restarts=settings.max_restarts,
-    )
 
 
 def devices(settings: Settings, models: Mapping[str, LocatedModel]) -> dict[str, list[EngineSpec]]:

@@ -178,7 +178,7 @@ class CapturedSteps:
             prepare(batch, state, self._capacity.block_size)
             hidden = self._model.forward(batch, self._caches)
             if size.decodes:
-                self._logits[: size.count].copy_(self._model.logits(hidden))
+                self._model.logits(hidden, self._logits[: size.count])
             else:
                 self._hidden[: size.count].copy_(hidden)
 

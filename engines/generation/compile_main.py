@@ -21,6 +21,7 @@ import torch
 
 from engines.generation.compile_ahead import STAGES, AllDone, Order, Stage, StageDone
 from engines.generation.rehearsal import rehearse
+from engines.gpu_start import hash_triton
 from engines.kernels.cuda.binary_cache import BinaryCache, remove_stale
 from engines.kernels.cuda.compile_pool import Compiled, CompilePool, compile_for
 
@@ -30,7 +31,8 @@ def main() -> None:
     began = time.perf_counter()
     # The threads of a pool would be missing in the processes that are forked off.
     torch.set_num_threads(1)
-    hashing = threading.Thread(target=_hash_triton)
+    # Once, before there are several processes.
+    hashing = threading.Thread(target=hash_triton)
     hashing.start()
     compile_for(order.engine.machine.capability)
     stages = rehearse(order.engine)
@@ -46,13 +48,6 @@ def main() -> None:
         cache.remember(order.needs, {each.entry for each in results})
     cache.trim()
     remove_stale()
-
-
-def _hash_triton() -> None:
-    """Once, before there are several processes: it reads all of Triton, some 400 MB."""
-    from triton.runtime.cache import triton_key
-
-    triton_key()
 
 
 def _end_with_parent() -> None:

@@ -112,7 +112,7 @@ class GpuStepRunner:
             launched = LaunchedStep(plan.step, (), np.zeros(0, np.int64), None, None)
         launched.events = (begin, timestamp())
         launched.seconds = self._clock() - started
-        launched.irregular = Launcher.first_launches > launches
+        launched.irregular = "compile" if Launcher.first_launches > launches else ""
         return launched
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ import torch
 from engines.generation.logprobs import ScoredTokens, score_prompt
 from engines.generation.step_inputs import Integers, PromptScoring
 from engines.generation.transfer import to_host
-from engines.protocol import Row, RowResult, StepResult, TokenLogprobs
+from engines.protocol import Irregular, Row, RowResult, StepResult, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -28,8 +28,8 @@ class LaunchedStep:
     prompts: list[tuple[PromptScoring, ScoredTokens]] = field(default_factory=list)
     seconds: float = 0.0
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-    irregular: bool = False
-    """Kernels were compiled while it was enqueued, and the device may have waited for them."""
+    irregular: Irregular = ""
+    """``compile`` where kernels were compiled while it was enqueued, and the device may have waited for them."""
 
     def result(self) -> StepResult:
         """Wait for the device and give the results in the plan's order."""

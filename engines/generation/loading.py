@@ -16,6 +16,7 @@ from engines.generation.calibration import choose_scales
 from engines.generation.choose_runner import Runner, make_runner, state_bytes, uses_triton
 from engines.generation.compile_ahead import CompileAhead, Sizes, Stage, compile_ahead
 from engines.generation.memory import KvSize, kv_bytes, measure_workspace, size_kv
+from engines.generation.phases import PhaseTimes
 from engines.generation.placement import Placement, choose_placement, dtype_name
 from engines.generation.probe import Probe
 from engines.generation.threads import StepCost, ThreadGovernor, available_cores, best_time, choose_threads
@@ -55,21 +56,24 @@ def load(spec: EngineSpec, report: ReportProgress, clock: Callable[[], float]) -
 
     Raises EngineLoadError.
     """
-    started = clock()
+    times = PhaseTimes(clock)
     manifest = read_manifest(Path(spec.source), spec.random_weights is not None)
     model_len = _model_len(spec, manifest)
     placement = choose_placement(spec, manifest.dtype)
     torch.set_num_threads(spec.threads or available_cores())
     if placement.device.type == "cuda":
         torch.cuda.set_device(placement.device)
+    times.ended("device")
     kernels = compile_ahead(spec, manifest, placement, _settled(spec, _asked_sizes(spec, model_len, placement.device)))
+    times.ended("kernel list")
     try:
-        runner, info, capacity = _load(spec, manifest, placement, model_len, kernels, report, clock)
+        runner, info, capacity = _load(spec, manifest, placement, model_len, kernels, report, clock, times)
     except BaseException:
         kernels.close()
         raise
     _wait(kernels, "start", report)
-    info = msgspec.structs.replace(info, load_seconds=clock() - started)
+    times.ended("kernels for steps")
+    info = msgspec.structs.replace(info, load_seconds=times.seconds, load_phases=tuple(times.phases))
     return Loaded(runner, info, capacity, kernels)
 
 
@@ -81,15 +85,21 @@ def _load(
     kernels: CompileAhead,
     report: ReportProgress,
     clock: Callable[[], float],
+    times: PhaseTimes,
 ) -> tuple[Runner, EngineInfo, Capacity]:
-    """``info.load_seconds`` is not filled in."""
+    """What the time of the load went into is not in ``info``."""
     try:
+        uses_triton(placement.device)  # it brings the kernels up, which the weights' layout depends on
+        times.ended("first kernel")
         model = _load_verified(manifest, spec, placement, report)
+        times.ended("weights")
         _wait(kernels, "measure", report)
+        times.ended("kernels for the largest step")
         report(LoadProgress(phase="measure"))
         scales = _kv_scales(spec, manifest, placement, model, model_len)
         measured = spec.measured or _measure(spec, model, placement, model_len, clock)
         size = _size_kv(spec, model, placement, model_len, measured)
+        times.ended("largest step")
         report(LoadProgress(phase="allocate"))
         caches = kv_cache.allocate(
             model.kv_layout, size.blocks, kv_cache.BLOCK_SIZE, placement.kv_dtype, placement.device, scales
@@ -103,6 +113,7 @@ def _load(
         )
         governor, graphs = _governor(measured, clock), _graph_memory(placement.device, spec.memory_limit)
         runner = make_runner(model, caches, capacity, placement.device, clock, governor, graphs)
+        times.ended("KV cache")
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineLoadError(
             f"{spec.name}: the model does not fit in memory; use a 16-bit --dtype or a smaller model"

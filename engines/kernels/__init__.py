@@ -8,6 +8,7 @@ whatever other rows are in the step.
 from engines.kernels.attention import GroupedQueries, grouped_query_attention, mla_attention, paged_attention
 from engines.kernels.cuda import TritonStatus, triton_status
 from engines.kernels.elementwise import rms_norm, rope_, rope_write_kv, silu_mul, write_kv, write_latent
+from engines.kernels.embedding import embed
 from engines.kernels.experts import (
     PackedExperts,
     RoutedBatch,
@@ -73,6 +74,7 @@ __all__ = [
     "argmax",
     "compose_output",
     "dense",
+    "embed",
     "grouped_query_attention",
     "gumbel_noise",
     "latent_attention",

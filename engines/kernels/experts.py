@@ -143,7 +143,7 @@ def _cut_shared(gate_up: torch.Tensor, down: torch.Tensor, inner: int) -> tuple[
 def mixture(
     hidden: torch.Tensor, norm: RmsNorm, router: Router, packed: PackedExperts, batch: RoutedBatch
 ) -> torch.Tensor:
-    """(T, width) residual stream -> the stream after the layer. Never waits for the device.
+    """(T, width) residual stream, whose memory may be taken -> the stream after the layer. Never waits for the device.
 
     In float32 on the CPU a token's result does not depend on the others of the step.
     """
@@ -205,7 +205,7 @@ def _routed_products(x: torch.Tensor, packed: PackedExperts, ends: torch.Tensor)
 def _add_shared(hidden: torch.Tensor, norm: RmsNorm, packed: PackedExperts) -> torch.Tensor:
     if packed.shared is not None:
         gated = linear(hidden, packed.shared[0], fusion=Fusion(norm=norm, gated=True))
-        return linear(gated, packed.shared[1], fusion=Fusion(residual=hidden))
+        return linear(gated, packed.shared[1], fusion=Fusion(residual=hidden, reuse=True))
     assert packed.stacks is not None
     x, total = norm(hidden), hidden
     for expert in range(packed.stacks.gate_up.shape[0] - packed.stacks.shared, packed.stacks.gate_up.shape[0]):

@@ -57,6 +57,10 @@ class Fusion:
     """Added to the output, whose shape it has."""
     dtype: torch.dtype | None = None
     """Of the output; None: the input's."""
+    reuse: bool = False
+    """The result may take the residual's memory: nobody reads the residual afterwards, and it is not the input."""
+    into: torch.Tensor | None = None
+    """Contiguous memory of the result's shape and type, where it has to go; None: wherever there is some."""
 
 
 PLAIN = Fusion()
@@ -119,6 +123,12 @@ def linear(
     x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None, fusion: Fusion = PLAIN
 ) -> torch.Tensor:
     """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
+    output = _apply(x, packed, bias, fusion)
+    return output if fusion.into is None or output is fusion.into else fusion.into.copy_(output)
+
+
+def _apply(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, fusion: Fusion) -> torch.Tensor:
+    """As ``linear``; ``fusion.into`` need not be heeded."""
     if isinstance(packed, PackedParts):
         return _side_by_side(x, packed, bias, fusion)
     if not isinstance(packed, PackedLinear):
@@ -127,10 +137,23 @@ def linear(
         return output
     if fusion.norm is not None:
         x = fusion.norm(x)
-    if packed.layout == "turned" and bias is None and fusion.residual is not None and not fusion.gated:
-        output = torch.addmm(fusion.residual, x, packed.weight)
-        return output if fusion.dtype is None else output.to(fusion.dtype)
+    if packed.layout == "turned" and bias is None and not fusion.gated:
+        return _blas(x, packed.weight, fusion)
     return compose_output(product(x, packed, bias), fusion)
+
+
+def _blas(x: torch.Tensor, weight: torch.Tensor, fusion: Fusion) -> torch.Tensor:
+    """A product with what cuBLAS does beside it: add to what is there, and give sums that are not rounded to x's
+    type."""
+    residual, dtype = fusion.residual, fusion.dtype
+    if residual is not None:
+        # Not in place, torch copies the residual first.
+        output = residual.addmm_(x, weight) if fusion.reuse else torch.addmm(residual, x, weight)
+    elif dtype is torch.float32 and x.is_cuda and x.dtype in SKINNY_TYPES:
+        return torch.mm(x, weight, out_dtype=dtype, out=fusion.into)
+    else:
+        output = x.mm(weight)
+    return output if dtype is None else output.to(dtype)
 
 
 def _quantized(x: torch.Tensor, packed: QuantizedLinear, bias: torch.Tensor | None, fusion: Fusion) -> torch.Tensor:
@@ -185,6 +208,7 @@ def _skinny(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, fu
         fusion.gated,
         fusion.residual,
         fusion.dtype,
+        fusion.into,
     )
 
 

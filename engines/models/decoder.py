@@ -35,7 +35,7 @@ class GroupedQueryAttention:
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch, cache: LayerCache) -> torch.Tensor:
         qkv = self.qkv(hidden, Fusion(norm=norm))
         attended = grouped_query_attention(qkv, self.shape, cache, batch)
-        return self.output(attended, Fusion(residual=hidden))
+        return self.output(attended, Fusion(residual=hidden, reuse=True))
 
 
 def build_layers(config: DecoderConfig, builder: ModelBuilder, cos_sin: torch.Tensor) -> tuple[Layer, ...]:

@@ -65,7 +65,7 @@ class LatentAttention:
         else:
             queries = self.query(hidden, Fusion(norm=norm))
         attended = latent_attention(queries, latents, self.shape, cache, batch)
-        return self.output(attended, Fusion(residual=hidden))
+        return self.output(attended, Fusion(residual=hidden, reuse=True))
 
 
 def build_layers(

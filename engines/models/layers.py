@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch.nn import functional
 
 from engines import kernels
 from engines.kernels import (
@@ -71,7 +70,7 @@ class Embedding:
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """(T,) int64 -> (T, hidden)."""
         if isinstance(self.table, torch.Tensor):
-            return functional.embedding(token_ids, self.table)
+            return kernels.embed(token_ids, self.table)
         return dense(take_rows(self.table, token_ids), self.dtype)
 
 
@@ -82,7 +81,7 @@ class ExpertProducts:
         self._packed = packed
 
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, router: Router, batch: Batch) -> torch.Tensor:
-        """(T, hidden) -> (T, hidden): the residual stream in and out."""
+        """(T, hidden) -> (T, hidden): the residual stream in, whose memory may be taken, and out."""
         return kernels.mixture(hidden, norm, router, self._packed, batch)
 
 
@@ -126,9 +125,9 @@ class Mlp:
         self.down = down
 
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:
-        """(T, hidden) -> (T, hidden): the residual stream in and out."""
+        """(T, hidden) -> (T, hidden): the residual stream in, whose memory may be taken, and out."""
         gated = self.gate_up(hidden, Fusion(norm=norm, gated=True))
-        return self.down(gated, Fusion(residual=hidden))
+        return self.down(gated, Fusion(residual=hidden, reuse=True))
 
 
 class ModelBuilder:

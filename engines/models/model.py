@@ -14,12 +14,14 @@ from engines.models.layers import Embedding, Linear
 
 class Attention(Protocol):
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        """The residual stream, (T, hidden), and its norm before attention -> the stream after; writes the step's KV."""
+        """The residual stream, (T, hidden), and its norm before attention -> the stream after; writes the step's KV.
+
+        The stream after may lie in the memory of the one before."""
 
 
 class FeedForward(Protocol):
     def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:
-        """The residual stream, (T, hidden), and its norm before the layer -> the stream after."""
+        """The residual stream, (T, hidden), and its norm before the layer -> the stream after, as for attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,6 @@ class Model:
         return hidden
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(S, hidden) rows of ``forward``'s result -> (S, vocab) float32."""
-        return self.head(hidden, Fusion(norm=self.final_norm, dtype=torch.float32))
+    def logits(self, hidden: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """(S, hidden) rows of ``forward``'s result -> (S, vocab) float32, in ``into`` where given."""
+        return self.head(hidden, Fusion(norm=self.final_norm, dtype=torch.float32, into=into))

@@ -15,7 +15,6 @@ from engines.protocol import EngineSpec
 from server.errors import SlimserveError
 from server.worker.channel import Channel
 from server.worker.engine_status import EnginePhase, EngineStatus, WorkerSettings
-from server.worker.flight_record import FlightRecord
 from server.worker.process import STOP_TIMEOUT, RuntimeFolder, WorkerProcess
 from server.worker.watch import Backoff, Cause, Fault, Watchdog
 from server.worker.wire import (
@@ -73,7 +72,9 @@ class Worker:
         owner: WorkerOwner,
         folder: RuntimeFolder,
         clock: Callable[[], float],
+        started: WorkerProcess | None = None,
     ) -> None:
+        """``started`` is the process of the first incarnation, where it runs already."""
         self.index = index
         self.engines = {spec.name: EngineStatus(spec) for spec in specs}
         self._settings = settings
@@ -82,6 +83,7 @@ class Worker:
         self._clock = clock
         self._incarnation = 0
         self._backoff = Backoff(settings.max_restarts)
+        self._started = started
         self._process: WorkerProcess | None = None
         self._killed_at: float | None = None
         self._channel: Channel | None = None
@@ -195,19 +197,22 @@ class Worker:
         self._fault = None
         self._watchdog = self._new_watchdog()
         address = self._folder.address(self.index, self._incarnation)
-        record = FlightRecord.create()
+        self._process, self._started = self._started, None
         try:
             self._channel = Channel(address, self._on_message, self._on_bad_message)
-            self._process = await WorkerProcess.start(
-                address, self._incarnation, record.descriptor, self._settings.scheduler, self._settings.log_level
-            )
+            if self._process is None:
+                self._process = self._start(address)
             return await self._watch(self._process)
         except (OSError, zmq.ZMQError) as error:
             return Fault("died", f"it cannot be started: {error}")
         finally:
-            await self._bury(record)
+            await self._bury()
 
-    async def _bury(self, record: FlightRecord) -> None:
+    def _start(self, address: str) -> WorkerProcess:
+        first = next((status.spec for status in self._open_engines()), EngineSpec(name="", kind="fake"))
+        return WorkerProcess.start(address, self._incarnation, self._settings, first.kind, first.device)
+
+    async def _bury(self) -> None:
         """Other workers and readiness first: the process may take a while to go, and the next waits for that."""
         self._greeted = False
         if self._channel is not None:
@@ -216,12 +221,12 @@ class Worker:
         if self._process is not None:
             self._process.kill()
         self._set_all("restarting", "its worker process stopped and is being restarted")
-        self._owner.lost(self, record.items())
-        record.close()
+        self._owner.lost(self, set() if self._process is None else self._process.record.items())
         if self._process is not None:
             self._killed_at = self._clock()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.end(), KILL_PATIENCE if self._stopping else None)
+            self._process.record.close()
             self._process = self._killed_at = None
 
     async def _watch(self, process: WorkerProcess) -> Fault:

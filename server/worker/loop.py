@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 import psutil
 
-from engines.protocol import Engine, StepPlan
+from engines.protocol import Engine, EngineKind, StepPlan
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.core import MAX_IN_FLIGHT, DynamicBatchScheduler, ItemUpdate, StepWork
 from server.worker.flight_record import FlightRecord
@@ -57,20 +57,26 @@ class WorkerLoop:
         record: FlightRecord,
         incarnation: int,
         clock: Callable[[], float],
+        begun: float | None = None,
     ) -> None:
-        """``record`` tells after this process's death which items were in launched steps."""
+        """``record`` tells after this process's death which items were in launched steps. The process began at
+        ``begun``, or now."""
         self._mailbox = mailbox
         self._record = record
         self._scheduler = DynamicBatchScheduler(config)
         self._incarnation = incarnation
         self._clock = clock
-        self._loads = LoadThread(incarnation, wake=mailbox.wake, clock=clock)
+        self._loads = LoadThread(incarnation, wake=mailbox.wake, clock=clock, begun=begun)
         self._engines: dict[str, Engine] = {}
         self._tickets: deque[_Ticket] = deque()
         self._steps = 0
         self._reported_at = clock()
         self._checked = True
         self._process = psutil.Process()
+
+    def prepare(self, kind: EngineKind, device: str) -> None:
+        """Import already what an engine of this kind needs on this device."""
+        self._loads.prepare(kind, device)
 
     def run(self) -> None:
         """Raises whatever a step raised: the worker is of no use then."""

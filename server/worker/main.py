@@ -1,6 +1,7 @@
 """The worker process of one device: a loop of plan -> launch -> collect -> settle over the engines it holds.
 
     python -m server.worker.main ADDRESS INCARNATION --flight-record DESCRIPTOR --scheduler-config JSON
+        --prepare-kind KIND --prepare-device DEVICE
 
 Standard input is a pipe that the API process holds: its end means that the API process died, and the worker exits.
 """
@@ -14,9 +15,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
+from engines.protocol import EngineKind
 from server.scheduler.config import SchedulerConfig
 from server.worker.flight_record import FlightRecord
 from server.worker.loop import WorkerLoop
@@ -36,6 +39,12 @@ def exit_with_parent(address: str) -> None:
     os._exit(1)
 
 
+def _process_start() -> float:
+    """On the monotonic clock: the kernel counts ticks from the machine's start, as that clock does."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return ticks / os.sysconf("SC_CLK_TCK") - time.clock_gettime(time.CLOCK_BOOTTIME) + time.monotonic()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="slimserve-worker")
     parser.add_argument("address")
@@ -43,6 +52,8 @@ def main() -> int:
     parser.add_argument("--flight-record", type=int)
     parser.add_argument("--scheduler-config", default="{}")
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--prepare-kind", choices=get_args(EngineKind))
+    parser.add_argument("--prepare-device", default="cpu")
     arguments = parser.parse_args()
     logging.basicConfig(
         level=arguments.log_level.upper(),
@@ -53,7 +64,16 @@ def main() -> int:
     mailbox = Mailbox(arguments.address)
     descriptor = arguments.flight_record
     record = FlightRecord.create() if descriptor is None else FlightRecord(descriptor)
-    loop = WorkerLoop(mailbox, config, record=record, incarnation=arguments.incarnation, clock=time.monotonic)
+    loop = WorkerLoop(
+        mailbox,
+        config,
+        record=record,
+        incarnation=arguments.incarnation,
+        clock=time.monotonic,
+        begun=_process_start(),
+    )
+    if arguments.prepare_kind is not None:
+        loop.prepare(arguments.prepare_kind, arguments.prepare_device)
     try:
         loop.run()
     except Exception:

@@ -19,7 +19,7 @@ from server.worker.delivery import Delivery, ending_of
 from server.worker.engine_status import EngineStatus, WorkerSettings
 from server.worker.lifecycle import KILL_PATIENCE, Worker
 from server.worker.places import Place, Places
-from server.worker.process import RuntimeFolder
+from server.worker.process import FirstWorker, RuntimeFolder, WorkerProcess
 from server.worker.rollout import Devices, Rollout
 from server.worker.router import Router
 from server.worker.watch import Cause
@@ -44,16 +44,20 @@ class Supervisor:
         door: Door,
         on_change: Callable[[EngineStatus], None],
         on_revert: Callable[[str], None],
+        first: FirstWorker | None = None,
     ) -> None:
-        """``devices`` has the engines of each worker. ``on_change`` is told each change of an engine's status, and
-        ``on_revert`` the name of a model that a reload could not change: it is served as before."""
+        """``devices`` has the engines of each worker; the process of the first one may run already: ``first``.
+
+        ``on_change`` is told each change of an engine's status, and ``on_revert`` the name of a model that a reload
+        could not change: it is served as before.
+        """
         self._metrics = metrics
         self._clock = clock
         self._door = door
         self._on_change = on_change
         self._on_revert = on_revert
         self._settings = settings
-        self._folder = RuntimeFolder()
+        self._folder = RuntimeFolder() if first is None else first.folder
         self._numbers = itertools.count()
         self._workers: dict[str, Worker] = {}
         self._tasks: dict[Worker, asyncio.Task[None]] = {}
@@ -62,8 +66,10 @@ class Supervisor:
         self._delivery = Delivery(self._places, metrics, door, clock)
         self._router = Router(self._places, self._serving, clock)
         self._rollout = Rollout(self._workers, self._places, self._router, self._reverted)
+        started = None if first is None else first.process
         for device, specs in devices.items():
-            self._add(device, specs)
+            self._add(device, specs, started)
+            started = None
             for spec in specs:
                 door.shut(spec.name, "starting")
         self._draining = False
@@ -72,8 +78,9 @@ class Supervisor:
 
     # --- life
 
-    def _add(self, device: str, specs: Sequence[EngineSpec]) -> None:
-        self._workers[device] = Worker(next(self._numbers), specs, self._settings, self, self._folder, self._clock)
+    def _add(self, device: str, specs: Sequence[EngineSpec], started: WorkerProcess | None = None) -> None:
+        number = next(self._numbers)
+        self._workers[device] = Worker(number, specs, self._settings, self, self._folder, self._clock, started)
 
     def start(self) -> None:
         """Start the processes of workers that have none yet."""

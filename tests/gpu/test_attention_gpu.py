@@ -17,7 +17,7 @@ from tests.unit.kernels.paged import Row
 
 pytest.importorskip("triton")
 
-from engines.kernels.cuda import decode_attention
+from engines.kernels.cuda import decode_attention, prefill_attention
 from engines.kernels.cuda.scratch import counters
 
 CASES = [
@@ -99,6 +99,46 @@ def test_mixed_steps(heads: int, kv_heads: int, width: int, normed: bool, dtype:
         result = kernels.grouped_query_attention(step.qkv.to(DEVICE), step.shape, step.cache, to_device(step.batch))
         assert close(result, step.expected())
         step.check_cache()
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of any size go to the kernel that else takes large ones."""
+    if torch.cuda.get_device_capability() != prefill_attention.HOPPER:
+        pytest.skip("only Hopper has it")
+    monkeypatch.setattr(prefill_attention, "HOPPER_TILES", 0.0)
+
+
+LONG_PROMPTS = [(128, 128), (129, 129), (255, 127), (16, 15), (700, 700), (1029, 260), (21, 21), (2500, 2100), (2, 2)]
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("heads", "kv_heads", "normed"), [(12, 2, False), (28, 4, False), (9, 3, True), (32, 2, True)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_prompts_on_hopper(heads: int, kv_heads: int, normed: bool, dtype: torch.dtype) -> None:
+    for contexts, prompts in ((some_contexts(), LONG_PROMPTS), ([], LONG_PROMPTS[:3]), ([3], [(5, 5)])):
+        step = Step(random_rows(contexts, prompts), random_shape(heads, kv_heads, 128, dtype, normed), dtype)
+        result = kernels.grouped_query_attention(step.qkv.to(DEVICE), step.shape, step.cache, to_device(step.batch))
+        assert close(result, step.expected())
+        step.check_cache()
+
+
+@pytest.mark.usefixtures("hopper")
+def test_captured_mixed_steps_on_hopper() -> None:
+    def make() -> list[Row]:
+        counts = [random.randrange(2, 60) for _ in range(4)]
+        decodes = [1000, *(random.randrange(1, 1000) for _ in range(8))]
+        return random_rows(decodes, [(count + random.randrange(0, 900), count) for count in counts])
+
+    replay_over_steps(same_sized(make, 300, 16))
+
+
+@pytest.mark.usefixtures("hopper")
+def test_many_short_prompts_on_hopper() -> None:
+    prompts = [(random.randrange(9, 60), random.randrange(2, 9)) for _ in range(300)]
+    step = Step(random_rows([], prompts), random_shape(12, 2, 128, torch.bfloat16), torch.bfloat16)
+    result = kernels.grouped_query_attention(step.qkv.to(DEVICE), step.shape, step.cache, to_device(step.batch))
+    assert close(result, step.expected())
 
 
 def test_more_rows_than_a_program_looks_at_once() -> None:

@@ -56,7 +56,20 @@ def layer() -> ExpertCase:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "uniform"), [(1, None), (5, 7), (17, None), (64, None), (100, 7), (256, None), (257, 7), (3000, None)]
+    ("tokens", "uniform"),
+    [
+        (1, None),
+        (1, 7),
+        (2, 7),
+        (5, 7),
+        (16, None),
+        (17, None),
+        (64, None),
+        (100, 7),
+        (256, None),
+        (257, 7),
+        (3000, None),
+    ],
 )
 def test_mixture(tokens: int, uniform: int | None, layer: ExpertCase) -> None:
     case = ExpertCase(Shape(tokens, 2048, 1408, 64, 6, 2), DEVICE, padding=tokens // 5, stacks=layer.stacks)
@@ -98,6 +111,7 @@ def kernels_counters() -> torch.Tensor:
         [4000],
         [17, 1, 64],
         [600] * 5,
+        [random.randrange(1, 4000) for _ in range(16)],
         [random.randrange(1, 900) for _ in range(33)],
         [300] * 130,
         [70] * 256,

@@ -91,6 +91,28 @@ def test_float32_results_are_not_rounded() -> None:
         assert case.distance(result) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("rows", [4, 200])
+def test_float32_results_go_where_they_are_wanted(rows: int) -> None:
+    """Many rows are cuBLAS's, whose sums must not pass through 16 bits either."""
+    case = LinearCase.draw(rows, 1000, 1024, torch.bfloat16, DEVICE, norm=rows == 4)
+    wanted = torch.full((rows + 1, 1000), torch.nan, device=DEVICE)
+    norm = None if case.gain is None else RmsNorm(case.gain, EPS)
+    result = kernels.linear(
+        case.x, kernels.pack_linear(case.weight), fusion=Fusion(norm, dtype=torch.float32, into=wanted[:rows])
+    )
+    assert result.data_ptr() == wanted.data_ptr()
+    assert case.distance(wanted[:rows]) < (TOLERANCE[torch.float32] if rows == 200 else TOLERANCE[torch.bfloat16])
+    assert wanted[rows].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [3, 40, 200])
+def test_a_residual_may_be_overwritten(rows: int) -> None:
+    case = LinearCase.draw(rows, 1536, 1024, torch.bfloat16, DEVICE, residual=True)
+    expected = case.expected()
+    result = kernels.linear(case.x, kernels.pack_linear(case.weight), fusion=Fusion(residual=case.residual, reuse=True))
+    assert float((result.double() - expected).norm() / expected.norm()) < TOLERANCE[torch.bfloat16]
+
+
 def test_extreme_activations_give_no_nan() -> None:
     case = LinearCase.draw(3, 256, 1536, torch.bfloat16, DEVICE, norm=True, gated=True)
     for size in (0.0, 1e-30, 1e15):

@@ -12,6 +12,7 @@ from server.admission import Door
 from server.metrics import Metrics
 from server.scheduler.config import SchedulerConfig
 from server.worker.engine_status import EngineStatus, WorkerSettings
+from server.worker.flight_record import FlightRecord
 from server.worker.lifecycle import KILL_PATIENCE, Worker
 from server.worker.process import RuntimeFolder, WorkerProcess
 from server.worker.supervisor import Supervisor
@@ -44,6 +45,7 @@ class HungProcess:
     """A process inside a driver call: SIGKILL ends it only once the call returns. No real one can be made to order."""
 
     pid = 1
+    record: FlightRecord
 
     def __init__(self) -> None:
         self.watched = asyncio.Event()
@@ -68,7 +70,8 @@ def hung_processes(monkeypatch: pytest.MonkeyPatch) -> HungProcess:
     """The only process that is ever started."""
     hung = HungProcess()
 
-    async def start(*_: object) -> HungProcess:
+    def start(*_: object) -> HungProcess:
+        hung.record = FlightRecord.create()
         return hung
 
     monkeypatch.setattr(WorkerProcess, "start", start)

@@ -42,6 +42,7 @@ class TritonKernels:
             attention,
             decode_attention,
             elementwise,
+            embedding,
             mixture,
             mla,
             mla_prefill,
@@ -61,6 +62,7 @@ class TritonKernels:
         self.fits_prompts = mla_prefill.fits
         self.mixture = mixture.mixture
         self.sorted_mixture = mixture.sorted_mixture
+        self.embed = embedding.embed
         self.rms_norm = elementwise.rms_norm
         self.silu_mul = elementwise.silu_mul
         self.rope_ = elementwise.rope_

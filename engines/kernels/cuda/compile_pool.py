@@ -16,6 +16,7 @@ import msgspec
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from engines.kernels.cuda.cache_keys import settle_key
 from engines.kernels.cuda.launch import Specialisation
 
 INDEX_BYTES = 4
@@ -66,7 +67,7 @@ class CompilePool:
         if len(wanted) > MOST_TASKS:
             raise ValueError(f"{len(wanted)} kernels are too many to compile at once")
         for launcher in {one.launcher for one in wanted}:
-            _ = launcher.kernel.cache_key  # found once, for all processes
+            settle_key(launcher.kernel)  # once, for all processes
         tasks, tasks_in = os.pipe()
         self._results, results_in = os.pipe()
         os.write(tasks_in, b"".join(index.to_bytes(INDEX_BYTES, "little") for index in range(len(wanted))))

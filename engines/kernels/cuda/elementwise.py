@@ -10,6 +10,8 @@ from engines.kernels.cuda.fp8 import head_scales, to_cache
 from engines.kernels.cuda.launch import Launcher
 
 SILU_BLOCK = 1024
+NORM_BLOCK = 512
+"""Numbers of a row for each warp."""
 
 
 @triton.jit
@@ -29,9 +31,10 @@ def _norm_kernel(
     dims = tl.arange(0, BLOCK)
     mask = dims < width
     values = tl.load(x + (row // inner) * outer_stride + (row % inner) * inner_stride + dims, mask=mask, other=0.0)
+    # Before the sum, whose barrier it would else wait for.
+    gain = tl.load(weight + dims, mask=mask, other=0.0).to(tl.float32)
     wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    gain = tl.load(weight + dims, mask=mask, other=0.0).to(tl.float32)
     tl.store(normed + row * width + dims, (wide * scale * gain).to(normed.dtype.element_ty), mask=mask)
 
 
@@ -156,7 +159,7 @@ _rope = Launcher(_rope_kernel)
 _write = Launcher(_write_kernel)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, warps: int | None = None) -> torch.Tensor:
     """x is (T, width) or (T, heads, width) with a contiguous last dimension."""
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width = x.shape[-1]
@@ -168,7 +171,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         fixed=(inner, x.stride(0), inner_stride, width),
         free=(eps,),
         constants=(block,),
-        warps=min(max(block // 512, 1), 16),
+        warps=warps or min(max(block // NORM_BLOCK, 1), 16),
     )
     return normed
 

@@ -26,7 +26,10 @@ TABLES = Path(__file__).parent / "tables"
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a product is cut: pairs, columns and depth of a program's tile."""
+    """How a product is cut: pairs, columns and depth of a program's tile.
+
+    A step of one token has forms of its own, without tiles of pairs; down's depth there is of each expert.
+    """
 
     pairs: int
     columns: int
@@ -42,6 +45,7 @@ class Tiles:
 
 
 DEFAULTS: dict[int, Tiles] = {
+    1: Tiles(Tile(16, 32, 128, 4, 5), Tile(8, 16, 64, 8, 6)),
     16: Tiles(Tile(16, 32, 128, 4, 4), Tile(16, 32, 128, 4, 5)),
     128: Tiles(Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)),
     MOST_FEW: Tiles(Tile(32, 64, 64, 4, 4), Tile(32, 64, 128, 4, 4)),

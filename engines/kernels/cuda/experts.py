@@ -28,7 +28,7 @@ COMBINE_BLOCK = 512
 
 
 @triton.jit
-def _prefetch(stack, FIRST: tl.constexpr, LENGTH: tl.constexpr, SEGMENT: tl.constexpr):
+def prefetch_shared(stack, FIRST: tl.constexpr, LENGTH: tl.constexpr, SEGMENT: tl.constexpr):
     """Ask the L2 cache for LENGTH 16-bit entries of the stack from FIRST on; the programs share them out."""
     segments: tl.constexpr = LENGTH // SEGMENT
     number = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -118,7 +118,7 @@ def _gate_up_kernel(
     """
     if EARLY:
         tl_cuda.gdc_launch_dependents()
-        _prefetch(stack, (EXPERTS - SHARED) * 2 * INNER * WIDTH, SHARED * 2 * INNER * WIDTH, 512)
+        prefetch_shared(stack, (EXPERTS - SHARED) * 2 * INNER * WIDTH, SHARED * 2 * INNER * WIDTH, 512)
         tl_cuda.gdc_wait()
     parts: tl.constexpr = (INNER + TILE_N - 1) // TILE_N
     chosen, tile, part, count, first = _find_work(counts, EXPERTS, SHARED, EXPERTS_BLOCK, TILE_M, parts)
@@ -181,7 +181,7 @@ def _down_kernel(
     """(pairs, WIDTH) out of (pairs, INNER). ``stack`` is (experts, WIDTH, INNER)."""
     if EARLY:
         tl_cuda.gdc_launch_dependents()
-        _prefetch(stack, (EXPERTS - SHARED) * INNER * WIDTH, SHARED * INNER * WIDTH, 512)
+        prefetch_shared(stack, (EXPERTS - SHARED) * INNER * WIDTH, SHARED * INNER * WIDTH, 512)
         tl_cuda.gdc_wait()
     parts: tl.constexpr = (WIDTH + TILE_N - 1) // TILE_N
     chosen, tile, part, count, first = _find_work(counts, EXPERTS, SHARED, EXPERTS_BLOCK, TILE_M, parts)

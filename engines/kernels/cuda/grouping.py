@@ -13,6 +13,7 @@ from engines.kernels.cuda.experts import Grouping
 from engines.kernels.cuda.launch import Launcher
 
 TILE_TOKENS = 64
+"""With twice as many a thread has more counts than registers."""
 
 
 @triton.jit
@@ -27,11 +28,22 @@ def _takes(experts, token, tokens, C: tl.constexpr, EXPERTS_BLOCK: tl.constexpr)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _count_kernel(experts, tile_counts, tokens, C: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, TILE_T: tl.constexpr):
+def _count_kernel(
+    experts,
+    tile_counts,
+    tokens,
+    C: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr,
+    TILE_T: tl.constexpr,
+    PAIRS_BLOCK: tl.constexpr,
+):
     """Grid (tiles of tokens,)."""
     tile = tl.program_id(0)
-    takes = _takes(experts, tile * TILE_T + tl.arange(0, TILE_T), tokens, C, EXPERTS_BLOCK)
-    tl.store(tile_counts + tile * EXPERTS_BLOCK + tl.arange(0, EXPERTS_BLOCK), tl.sum(takes, 0))
+    place = tl.arange(0, PAIRS_BLOCK)
+    pair = tile * (TILE_T * C) + place
+    number = tl.load(experts + pair, mask=(place < TILE_T * C) & (pair < tokens * C), other=-1)
+    found = tl.histogram(tl.maximum(number, 0), EXPERTS_BLOCK, mask=number >= 0)
+    tl.store(tile_counts + tile * EXPERTS_BLOCK + tl.arange(0, EXPERTS_BLOCK), found)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -84,7 +96,8 @@ def group_pairs(experts: torch.Tensor, number: int) -> Grouping:
     tile_counts = torch.empty((tiles, block), dtype=torch.int32, device=experts.device)
     counts = torch.empty(number, dtype=torch.int32, device=experts.device)
     pairs = torch.empty(tokens * columns, dtype=torch.int32, device=experts.device)
-    _count((tiles, 1, 1), (experts, tile_counts), (), (tokens,), (columns, block, TILE_TOKENS))
+    pairs_block = triton.next_power_of_2(TILE_TOKENS * columns)
+    _count((tiles, 1, 1), (experts, tile_counts), (), (tokens,), (columns, block, TILE_TOKENS, pairs_block))
     _place(
         (tiles, 1, 1),
         (experts, tile_counts, counts, pairs),

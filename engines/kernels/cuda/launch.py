@@ -14,12 +14,43 @@ from typing import Any, ClassVar
 import torch
 from triton.runtime import driver
 
+from engines.kernels.cuda.cache_keys import settle_key
+
 ALIGNMENT = 16
 """Bytes. Triton compiles wider loads for pointers that are multiples of this."""
 
 INT32 = range(-(1 << 31), 1 << 31)
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TileType:
+    """Of a ``Tiled`` matrix, what a kernel is compiled for."""
+
+    dtype: torch.dtype
+    tile: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiled:
+    """A matrix of 16-bit numbers with contiguous rows, for a Gluon kernel that moves tiles of it by hardware (TMA)."""
+
+    matrix: torch.Tensor
+    tile: tuple[int, int]
+    """Rows, and columns: at most 128 bytes."""
+
+    @property
+    def type(self) -> TileType:
+        return TileType(self.matrix.dtype, self.tile)
+
+    def descriptor(self) -> Any:
+        from triton.experimental.gluon.language import NVMMASharedLayout
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        matrix = self.matrix
+        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(self.tile), layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +66,7 @@ class Specialisation:
     warps: int
     stages: int
     early: bool
+    tiled: tuple[TileType, ...] = ()
 
     @property
     def name(self) -> str:
@@ -47,7 +79,7 @@ class Specialisation:
         fixed = tuple(_representative(value) for value in self.fixed)
         free = tuple(0.0 if isinstance(value, float) else _widest(value) for value in self.free)
         return Specialisation(
-            self.launcher, self.types, fixed, free, self.constants, self.warps, self.stages, self.early
+            self.launcher, self.types, fixed, free, self.constants, self.warps, self.stages, self.early, self.tiled
         )
 
     def compile(self) -> Any:
@@ -56,7 +88,9 @@ class Specialisation:
         Raises whatever Triton raises for a kernel that it cannot compile.
         """
         tensors = [dtype if aligned else _Unaligned(dtype) for dtype, aligned in self.types]
-        arguments = (*tensors, *self.fixed, *self.free, *self.constants)
+        tiled = [Tiled(torch.empty(one.tile, dtype=one.dtype, device="meta"), one.tile) for one in self.tiled]
+        arguments = (*[one.descriptor() for one in tiled], *tensors, *self.fixed, *self.free, *self.constants)
+        settle_key(self.launcher.kernel)
         return self.launcher.kernel.warmup(*arguments, grid=(1,), **_options(self.warps, self.stages, self.early))
 
 
@@ -87,7 +121,7 @@ def _options(warps: int, stages: int, early: bool) -> dict[str, int | bool]:
 
 
 class Launcher:
-    """Launches one kernel whose parameters are, in this order: tensors, ``fixed``, ``free``, ``constants``.
+    """Launches one kernel whose parameters are, in this order: ``tiled``, tensors, ``fixed``, ``free``, ``constants``.
 
     Tensors on the CPU go through Triton's interpreter, which must have been on (``TRITON_INTERPRET=1``) when the
     kernel was defined.
@@ -116,6 +150,7 @@ class Launcher:
         warps: int = 4,
         stages: int = 3,
         early: bool = False,
+        tiled: tuple[Tiled, ...] = (),
     ) -> None:
         """``fixed`` integers (widths, strides), ``constants`` and what follows them get a compiled kernel for each
         combination.
@@ -124,10 +159,12 @@ class Launcher:
         start while the one before it in the stream still runs (programmatic dependent launch): each of its programs
         must call ``gdc_wait`` before it touches what another kernel writes or reads, and before it ends.
         """
+        kinds = tuple(one.type for one in tiled)
         if Launcher.recorder is not None:
             types = tuple((tensor.dtype, _is_aligned(tensor)) for tensor in tensors)
-            Launcher.recorder(Specialisation(self, types, fixed, free, constants, warps, stages, early))
+            Launcher.recorder(Specialisation(self, types, fixed, free, constants, warps, stages, early, kinds))
             return
+        descriptors = [one.descriptor() for one in tiled]
         device = tensors[0].device.index
         pointers = [tensor.data_ptr() for tensor in tensors]
         low_bits = 0
@@ -135,18 +172,20 @@ class Launcher:
             low_bits |= pointer
         key = None
         if low_bits % ALIGNMENT == 0 and device is not None:
-            key = (device, fixed, constants, warps, stages, early, *[tensor.dtype for tensor in tensors])
+            key = (device, fixed, constants, warps, stages, early, kinds, *[tensor.dtype for tensor in tensors])
             compiled = self._compiled.get(key)
             if compiled is not None:
-                self._run(compiled, device, grid, (*pointers, *fixed, *free, *constants))
+                self._run(compiled, device, grid, (*descriptors, *pointers, *fixed, *free, *constants))
                 return
-        compiled = self.kernel[grid](*tensors, *fixed, *free, *constants, **_options(warps, stages, early))
+        arguments = (*descriptors, *tensors, *fixed, *free, *constants)
+        settle_key(self.kernel)
+        compiled = self.kernel[grid](*arguments, **_options(warps, stages, early))
         if key is not None:
             self._compiled[key] = compiled
             Launcher.first_launches += 1
 
     @staticmethod
-    def _run(compiled: Any, device: int, grid: tuple[int, int, int], arguments: tuple[int | float, ...]) -> None:
+    def _run(compiled: Any, device: int, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
         if Launcher._direct:
             try:
                 stream = driver.active.get_current_stream(device)

@@ -9,12 +9,16 @@ import torch
 from engines.kernels.cuda.device import starts_early
 from engines.kernels.cuda.expert_tuning import MOST_FEW, Tiles, tiles_for
 from engines.kernels.cuda.experts import Grouping, combine, expert_products
+from engines.kernels.cuda.experts_one import one_token
 from engines.kernels.cuda.grouping import group_pairs
 from engines.kernels.cuda.routing import Routed, choose_experts
 from engines.kernels.cuda.scratch import counters
 
 if TYPE_CHECKING:
     from engines.kernels.experts import RoutedBatch, Router, Stacks
+
+MOST_ALONE = 1
+"""Tokens whose experts need no counts: one, or none for the form of few tokens in every step."""
 
 
 def mixture(
@@ -27,13 +31,17 @@ def mixture(
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """(T, width) bfloat16 stream in and out; ``gain`` and ``eps`` are the norm's. ``tiles`` None: as tables say."""
-    few = hidden.shape[0] <= MOST_FEW
+    tokens = hidden.shape[0]
+    few, alone = tokens <= MOST_FEW, tokens <= MOST_ALONE
     early = few and starts_early(hidden.device)
     scratch = counters(hidden.device)
-    routed = choose_experts(hidden, gain, eps, router, stacks.shared, batch, scratch, count=few, early=early)
+    count = few and not alone
+    routed = choose_experts(hidden, gain, eps, router, stacks.shared, batch, scratch, count=count, early=early)
     if not few:
         return _sorted(hidden, routed, stacks, tiles)
     tiles = tiles or _tiles(hidden, stacks)
+    if alone:
+        return one_token(hidden, routed, stacks, tiles, early)
     products = expert_products(routed, stacks, Grouping(scratch.counts, None), tiles, early)
     return combine(hidden, products, routed, stacks, scratch, reset=True, early=early)
 

@@ -25,11 +25,17 @@ if TYPE_CHECKING:
 PROGRAMS = 132
 """So many attend at once: the multiprocessors of a Hopper GPU, each of which holds one."""
 MAX_SPLITS = 32
-ATTEND_WARPS = 8
+ATTEND_WARPS, ATTEND_STAGES = 4, 2
 TILE_KEYS = 64
 WIDEST_HEAD = 256
-FEW_TOKENS = 4
-"""Up to so many tokens are expanded one by one."""
+FEW_TOKENS = 8
+"""Up to so many tokens are expanded one by one: they have many parts each, and tiles of tokens few programs."""
+
+VALUES = 32
+"""Of a head in one program then."""
+TILE_VALUES, EXPAND_WARPS = 64, 8
+"""Of more tokens, 16 at a time."""
+FEWEST_SPLITS = 8
 
 _prepare = Launcher(prepare_kernel)
 _attend = Launcher(attend_kernel)
@@ -85,6 +91,11 @@ def attend_mixed(
     return output.view(queries.shape[0], -1)
 
 
+def prepare_tile(decodes: int) -> tuple[int, int]:
+    """Tokens and columns of the rank in a program's tile."""
+    return 16, 64 if decodes <= 16 else 128
+
+
 def prepare(
     queries: torch.Tensor,
     latents: torch.Tensor,
@@ -104,8 +115,7 @@ def prepare(
     assert up.stacked is not None
     rank, half = shape.rank, shape.rope // 2
     absorbed = torch.empty((decodes, heads, rank + 2 * half), dtype=queries.dtype, device=queries.device)
-    tile_t = 16 if decodes <= 16 else 32 if decodes <= 64 else 64
-    tile_c = 64 if decodes <= 64 else 128
+    tile_t, tile_c = prepare_tile(decodes)
     programs = tokens + heads * triton.cdiv(rank, tile_c) * triton.cdiv(decodes, tile_t)
     _prepare(
         (programs, 1, 1),
@@ -196,14 +206,16 @@ def attend_decodes(
             scales is not None,
         ),
         warps=ATTEND_WARPS,
-        stages=2,
+        stages=ATTEND_STAGES,
         early=early,
     )
-    sizes = (heads, nope, value, rank, _block(rank), _block(splits))
+    sizes = (heads, nope, value, rank, _block(rank))
     tensors = (partials, logs, shape.up.stacked, batch.context_lengths, batch.query_starts, output)
     if rows <= FEW_TOKENS:
-        grid = (triton.cdiv(value, 32), heads, rows)
-        _expand_one(grid, tensors, (), (splits,), (*sizes, 32, TILE_KEYS, early), early=early)
+        grid = (triton.cdiv(value, VALUES), heads, rows)
+        _expand_one(grid, tensors, (), (splits,), (*sizes, _block(splits), VALUES, TILE_KEYS, early), early=early)
         return
-    grid = (triton.cdiv(value, 64), heads, triton.cdiv(rows, 16))
-    _expand(grid, tensors, (), (splits, rows), (*sizes, 64, TILE_KEYS, 16, 3, early), warps=8, early=early)
+    grid = (triton.cdiv(value, TILE_VALUES), heads, triton.cdiv(rows, 16))
+    # So many rows have no more parts than that: one kernel for all their numbers.
+    constants = (*sizes, max(FEWEST_SPLITS, _block(splits)), TILE_VALUES, TILE_KEYS, 16, 3, early)
+    _expand(grid, tensors, (), (splits, rows), constants, warps=EXPAND_WARPS, early=early)

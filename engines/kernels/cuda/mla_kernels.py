@@ -73,6 +73,7 @@ def prepare_kernel(
 ):
     """Grid (tokens + heads * parts of the rank * tiles of decodes,): a latent, or a tile of one head's queries.
 
+    With EARLY, slots and positions are read before the former kernel ends: a kernel launched without stands between.
     Only the first ``decodes`` tokens are absorbed; the queries of the others are turned in place. With SCALED the
     cache is fp8, and each of its columns has a scale.
     """
@@ -81,9 +82,13 @@ def prepare_kernel(
     if tl.program_id(0) < tokens:
         if EARLY:
             tl_cuda.gdc_launch_dependents()
-            tl_cuda.gdc_wait()
         token = tl.program_id(0).to(tl.int64)
         slot = tl.load(cache_slots + token)
+        angles = cos_sin + tl.load(positions + token) * (2 * HALF) + pair
+        cos = tl.load(angles, mask=is_pair, other=0.0)[None, :]
+        sin = tl.load(angles + HALF, mask=is_pair, other=0.0)[None, :]
+        if EARLY:
+            tl_cuda.gdc_wait()
         if slot < 0:
             return
         dims = tl.arange(0, RANK_BLOCK)
@@ -96,9 +101,6 @@ def prepare_kernel(
         if SCALED:
             scale = tl.load(scales)
         tl.store(target + dims, to_cache(normed, cache, scale, SCALED), mask=dims < RANK)
-        angles = cos_sin + tl.load(positions + token) * (2 * HALF) + pair
-        cos = tl.load(angles, mask=is_pair, other=0.0)[None, :]
-        sin = tl.load(angles + HALF, mask=is_pair, other=0.0)[None, :]
         row = tl.zeros((1, 1), tl.int64)
         rope_source, rope_target = source + RANK + row, target + RANK + row
         _turn(
@@ -118,11 +120,15 @@ def prepare_kernel(
     depth = tl.arange(0, NOPE_BLOCK)
     weights = up + head * ((NOPE + VALUE) * RANK) + depth[:, None] * RANK + column[None, :]
     weight = tl.load(weights, mask=(depth < NOPE)[:, None] & is_column, other=0.0)
+    token = tile * TILE_T + tl.arange(0, TILE_T)
+    present = (token < decodes)[:, None]
+    turned = present & is_pair[None, :] & (part == 0)
+    position = tl.load(positions + token, mask=(token < decodes) & (part == 0), other=0)
+    angles = cos_sin + position[:, None] * (2 * HALF) + pair[None, :]
+    cos, sin = tl.load(angles, mask=turned, other=0.0), tl.load(angles + HALF, mask=turned, other=0.0)
     if EARLY:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
-    token = tile * TILE_T + tl.arange(0, TILE_T)
-    present = (token < decodes)[:, None]
     wide_token = token.to(tl.int64)[:, None]
     query = queries + wide_token * query_stride + head * (NOPE + 2 * HALF)
     q = tl.load(query + depth[None, :], mask=present & (depth < NOPE)[None, :], other=0.0)
@@ -130,11 +136,7 @@ def prepare_kernel(
     result = tl.dot(q, weight, input_precision="ieee")
     tl.store(target + column[None, :], result.to(absorbed.dtype.element_ty), mask=present & is_column)
     if part == 0:
-        position = tl.load(positions + token, mask=token < decodes, other=0)
-        angles = cos_sin + position[:, None] * (2 * HALF) + pair[None, :]
-        mask = present & is_pair[None, :]
-        cos, sin = tl.load(angles, mask=mask, other=0.0), tl.load(angles + HALF, mask=mask, other=0.0)
-        _turn(query + NOPE, target + RANK, cos, sin, mask, scales, INTERLEAVED, HALF, HALF_BLOCK, False)
+        _turn(query + NOPE, target + RANK, cos, sin, turned, scales, INTERLEAVED, HALF, HALF_BLOCK, False)
 
 
 @triton.jit
@@ -171,18 +173,24 @@ def attend_kernel(
 ):
     """Grid (splits, rows, tiles of heads). Rows that have not exactly one query are left out.
 
+    With EARLY, lengths and tables are read before the former kernel ends: a kernel launched without stands between.
     With SCALED the cache is fp8: its scales go to the queries and to the sums, which loses no bit.
     """
     if EARLY:
         tl_cuda.gdc_launch_dependents()
-        tl_cuda.gdc_wait()
     split, row = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_lengths + row)
     start = tl.load(query_starts + row)
+    count = tl.load(query_starts + row + 1) - start
+    line = row.to(tl.int64)
+    if INDIRECT:
+        line = tl.load(table_rows + row).to(tl.int64)
+    if EARLY:
+        tl_cuda.gdc_wait()
     size = _split_size(context, splits, TILE_N)
     begin = split * size
     end = tl.minimum(begin + size, context)
-    if (begin >= end) | (tl.load(query_starts + row + 1) - start != 1):
+    if (begin >= end) | (count != 1):
         return
     head = tl.program_id(2) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
     is_head = (head < HEADS)[:, None]
@@ -198,9 +206,6 @@ def attend_kernel(
         sizes = power_below(tl.maximum(tl.max(tl.abs(wide), 1), tl.max(tl.abs(wide_rest), 1)))
         q, q_rest = as_float16(wide, sizes), as_float16(wide_rest, sizes)
         scale = (scale * sizes)[None, :]
-    line = row.to(tl.int64)
-    if INDIRECT:
-        line = tl.load(table_rows + row).to(tl.int64)
     table = block_tables + line * table_stride
 
     best = tl.full((HEADS_BLOCK,), float("-inf"), tl.float32)
@@ -269,12 +274,13 @@ def expand_one_kernel(
     is_dim = (dims < RANK)[None, :]
     weights = up + (head * (NOPE + VALUE) + NOPE + column[:, None]) * RANK + dims[None, :]
     weight = tl.load(weights, mask=(column < VALUE)[:, None] & is_dim, other=0.0)
+    context = tl.load(context_lengths + row)
+    start = tl.load(query_starts + row)
+    count = tl.load(query_starts + row + 1) - start
     if EARLY:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
-    context = tl.load(context_lengths + row)
-    start = tl.load(query_starts + row)
-    if (context == 0) | (tl.load(query_starts + row + 1) - start != 1):
+    if (context == 0) | (count != 1):
         return
     used = tl.cdiv(context, _split_size(context, splits, TILE_N))
     share = _weigh(partial_logs, row, splits, used, head, HEADS, SPLITS_BLOCK)
@@ -316,14 +322,14 @@ def expand_kernel(
     is_dim = (dims < RANK)[None, :]
     weights = up + (head * (NOPE + VALUE) + NOPE + column[None, :]) * RANK + dims[:, None]
     weight = tl.load(weights, mask=(column < VALUE)[None, :] & (dims < RANK)[:, None], other=0.0)
-    if EARLY:
-        tl_cuda.gdc_launch_dependents()
-        tl_cuda.gdc_wait()
     present = row < rows
     context = tl.load(context_lengths + row, mask=present, other=0)
     start = tl.load(query_starts + row, mask=present, other=0)
     alone = tl.load(query_starts + row + 1, mask=present, other=0) - start == 1
     context = tl.where(alone, context, 0)
+    if EARLY:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
     used = tl.where(context > 0, tl.cdiv(context, tl.maximum(_split_size(context, splits, TILE_N), 1)), 0)
     split = tl.arange(0, SPLITS_BLOCK)
     entry = (row.to(tl.int64) * splits)[:, None] + split[None, :]

@@ -9,7 +9,10 @@ tile see are attended to without causal masks.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import triton
@@ -18,7 +21,7 @@ from triton.language.extra import cuda as tl_cuda
 
 from engines.kernels.cuda import decode_attention
 from engines.kernels.cuda.attention import LOG2_E
-from engines.kernels.cuda.device import processors, starts_early
+from engines.kernels.cuda.device import machine_at, processors, starts_early
 from engines.kernels.cuda.fp8 import as_float16, head_scales, row_sizes
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.reference import FP8, AttentionBatch
@@ -26,6 +29,13 @@ from engines.kernels.reference import FP8, AttentionBatch
 WIDEST_HEAD = 256
 ROWS_AT_ONCE = 256
 """Rows among which a program looks for its own at once."""
+
+
+GLUON_TRITON = "3.6."
+"""Versions in which ``hopper_attention`` was measured: what it is written in changes from one to the next."""
+HOPPER = (9, 0)
+HOPPER_TILES = math.inf
+"""Tiles of 128 pairs for each processor from which on ``hopper_attention`` serves what it fits; infinity: never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +225,17 @@ def choose_tile(head_dim: int, pairs: int, processors: int, fp8: bool) -> Prefil
     return PrefillTile(128, 64, 8, 5) if pairs >= 128 * processors else PrefillTile(64, 128, 4, 3)
 
 
+@functools.cache
+def _hopper_attention(device: torch.device) -> ModuleType | None:
+    """The faster kernel's file, where this device and this Triton run it."""
+    machine = machine_at(device)
+    if machine is None or machine.capability != HOPPER or not triton.__version__.startswith(GLUON_TRITON):
+        return None
+    from engines.kernels.cuda import hopper_attention
+
+    return hopper_attention
+
+
 def attend_chunks(
     queries: torch.Tensor,
     cache: tuple[torch.Tensor, ...],
@@ -231,12 +252,21 @@ def attend_chunks(
     block_size, kv_heads, width = keys.shape[1:]
     rows, first_row = min(batch.context_lengths.shape[0], queries.shape[0]), batch.decode_rows or 0
     group, tokens = queries.shape[1] // kv_heads, queries.shape[0] - first_row
-    tile = tile or choose_tile(width, tokens * queries.shape[1], processors(queries.device), bool(scales))
     known = batch.decode_rows is not None
-    # A broken tile for each row, and a row that is not known to have more than one token has at least two.
-    tiles = tokens * group // tile.pairs + min(rows - first_row, tokens if known else tokens // 2)
-    if not tiles:
+    # A row that is not known to have more than one token has at least two.
+    most = min(rows - first_row, tokens if known else tokens // 2)
+    if not most:
         return False
+    units, pairs = processors(queries.device), tokens * queries.shape[1]
+    if tile is None and pairs >= HOPPER_TILES * 128 * units:
+        hopper = _hopper_attention(queries.device)
+        if hopper is not None and hopper.fits(queries, keys):
+            tiles = tokens * group // hopper.LINES + most
+            hopper.attend_chunks(queries, cache, batch, scale, output, tiles)
+            return True
+    tile = tile or choose_tile(width, pairs, units, bool(scales))
+    # A broken tile for each row.
+    tiles = tokens * group // tile.pairs + most
     tables, line = batch.block_tables, batch.table_rows
     _prefill(
         (tiles * kv_heads, 1, 1),

@@ -17,6 +17,8 @@ from triton.language.extra import cuda as tl_cuda
 
 from engines.kernels.cuda.expert_tuning import MOST_FEW
 from engines.kernels.cuda.launch import Launcher
+from engines.kernels.cuda.routing_choice import norm_one, ranks_among, store_choice, token_scores, uniform_scores
+from engines.kernels.cuda.routing_few import MOST_EXPERTS, MOST_SPLITS, WEIGHTS, route_few
 from engines.kernels.cuda.scratch import Counters
 
 if TYPE_CHECKING:
@@ -34,92 +36,9 @@ class _Tile:
     """Most programs that share one tile: each number of them is compiled apart."""
 
 
+ALONE = 16
+"""Tokens up to which each has programs of its own."""
 FEW, MANY = _Tile(16, 128, 4, 128, 16), _Tile(32, 64, 4, 512, 4)
-
-
-@triton.jit
-def _uniform_scores(positions, token_ids, tokens, present, layer, EXPERTS: tl.constexpr):
-    """(tokens, EXPERTS) float32: 24 random bits for each pair, from Philox at (expert // 4, position, token id)."""
-    position = tl.load(positions + tokens, mask=present, other=0).to(tl.uint32)
-    token_id = tl.load(token_ids + tokens, mask=present, other=0).to(tl.uint32)
-    group = tl.arange(0, EXPERTS // 4).to(tl.uint32)[None, :]
-    zero = tl.zeros_like(position)[:, None] + tl.zeros_like(group)
-    w0, w1, w2, w3 = tl.philox_impl(
-        zero + group,
-        zero + position[:, None],
-        zero + token_id[:, None],
-        zero,
-        zero + layer.to(tl.uint32),
-        zero,
-    )
-    return (tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)) >> 8).to(tl.int32).to(tl.float32)
-
-
-@triton.jit
-def _ranks(values, number, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr):
-    """The place of the CHOSEN largest of each row, none of which is negative, in descending order; CHOSEN of others.
-
-    At a tie the lower number comes first.
-    """
-    # Floats that are not negative have the order of their bits; one maximum then finds value and number.
-    key = (values.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (EXPERTS - number).to(tl.int64)[None, :]
-    key = tl.where((number < EXPERTS)[None, :], key, -1)
-    rank = tl.zeros_like(key).to(tl.int32) + CHOSEN
-    for place in tl.static_range(CHOSEN):
-        best = key == tl.max(key, 1)[:, None]
-        rank = tl.where(best, place, rank)
-        key = tl.where(best, -1, key)
-    return rank
-
-
-@triton.jit
-def _store_choice(
-    scores,
-    ranked,
-    token,
-    present,
-    valid,
-    scale,
-    weights,
-    experts,
-    counts,
-    EXPERTS: tl.constexpr,
-    EXPERTS_BLOCK: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    SHARED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """Each token's CHOSEN best experts by ``ranked``, with their scores as weights, and after them the shared ones."""
-    expert = tl.arange(0, EXPERTS_BLOCK)
-    rank = _ranks(ranked, expert, EXPERTS, CHOSEN)
-    taken = rank < CHOSEN
-    total = tl.sum(tl.where(taken, scores, 0.0), 1)[:, None] + 1e-20 if NORMALISE else 1.0
-    first = token.to(tl.int64)[:, None] * (CHOSEN + SHARED)
-    numbers = tl.zeros_like(rank) + expert[None, :]
-    tl.store(weights + first + rank, scores * scale / total, mask=taken & present[:, None])
-    tl.store(experts + first + rank, tl.where(valid[:, None], numbers, -1), mask=taken & present[:, None])
-    if COUNT:
-        tl.atomic_add(counts + numbers, tl.zeros_like(rank) + 1, mask=taken & valid[:, None], sem="relaxed")
-    if SHARED > 0:
-        column = tl.arange(0, COLUMNS)[None, :]
-        zeros = tl.zeros((token.shape[0], COLUMNS), tl.int32)
-        always = EXPERTS + column + zeros
-        is_shared = present[:, None] & (column < SHARED)
-        tl.store(weights + first + CHOSEN + column, zeros.to(tl.float32) + 1.0, mask=is_shared)
-        tl.store(experts + first + CHOSEN + column, tl.where(valid[:, None], always, -1), mask=is_shared)
-        if COUNT:
-            tl.atomic_add(counts + always, zeros + 1, mask=is_shared & valid[:, None], sem="relaxed")
-
-
-@triton.jit
-def _norm_one(hidden, gain, normed, token, hidden_stride, eps, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr):
-    dims = tl.arange(0, WIDTH_BLOCK)
-    x = tl.load(hidden + token * hidden_stride + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)
-    factor = tl.load(gain + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
-    tl.store(normed + token * WIDTH + dims, (x * scale * factor).to(normed.dtype.element_ty), mask=dims < WIDTH)
 
 
 @triton.jit(do_not_specialize=["tokens", "layer"])
@@ -167,7 +86,7 @@ def _route_kernel(
     if split >= SPLITS:
         alone = tile * TILE_T + split - SPLITS
         if alone < tokens:
-            _norm_one(hidden, gain, normed, alone.to(tl.int64), hidden_stride, eps, WIDTH, WIDTH_BLOCK)
+            norm_one(hidden, gain, normed, alone.to(tl.int64), hidden_stride, eps, WIDTH, WIDTH_BLOCK)
         return
     token = tile * TILE_T + tl.arange(0, TILE_T)
     present = token < tokens
@@ -212,16 +131,11 @@ def _route_kernel(
             logits += tl.load(partials + other * stride * EXPERTS_BLOCK + place, cache_modifier=".cg")
             squares += tl.load(sums + other * stride + row, cache_modifier=".cg")
 
-    logits = logits * tl.rsqrt(squares / WIDTH + eps)[:, None]
-    logits = tl.where((expert < EXPERTS)[None, :], logits, float("-inf"))
-    scores = tl.exp(logits - tl.max(logits, 1)[:, None])
-    scores = scores / tl.sum(scores, 1)[:, None]
-    # A stream that is not finite still takes experts that differ.
-    scores = tl.where(scores == scores, scores, 0.0)
-    ranked = _uniform_scores(positions, token_ids, token, present, layer, EXPERTS_BLOCK) if UNIFORM else scores
-    _store_choice(
+    scores = token_scores(logits, squares, eps, WIDTH, EXPERTS, EXPERTS_BLOCK)
+    ranked = uniform_scores(positions, token_ids, token, present, layer, EXPERTS_BLOCK) if UNIFORM else scores
+    store_choice(
         scores,
-        ranked,
+        ranks_among(ranked, expert, EXPERTS, CHOSEN),
         token,
         present,
         valid,
@@ -276,52 +190,40 @@ def choose_experts(
     """(T, width) bfloat16 stream -> the choice of its tokens; with ``count`` added up in ``counters.counts`` too."""
     (tokens, width), rule = hidden.shape, router.rule
     number, columns = router.weight.out_features, rule.experts_per_token + shared
+    block = triton.next_power_of_2(number)
+    routed = Routed(
+        torch.empty((tokens, width), dtype=hidden.dtype, device=hidden.device),
+        torch.empty((tokens, columns), dtype=torch.float32, device=hidden.device),
+        torch.empty((tokens, columns), dtype=torch.int32, device=hidden.device),
+    )
+    inputs = (hidden, gain, router.weight.weight, batch.positions, batch.token_ids, batch.cache_slots)
+    outputs = (routed.normed, routed.weights, routed.experts, counters.counts)
+    widths = (width, triton.next_power_of_2(width), number, block)
+    sizes = (*widths, rule.experts_per_token, shared, triton.next_power_of_2(max(shared, 1)))
+    flags = (rule.uniform_layer is not None, rule.normalise, count, early)
+    free = (rule.uniform_layer or 0, eps, 1.0 if rule.normalise else rule.scale)
+    depth = WEIGHTS // block
+    splits = triton.cdiv(width, depth)
+    if tokens <= ALONE and number <= MOST_EXPERTS and splits <= MOST_SPLITS:
+        partials = torch.empty(tokens * splits * (block + 1), dtype=torch.float32, device=hidden.device)
+        constants = (*sizes, splits, triton.next_power_of_2(splits), depth, *flags)
+        tensors = (*inputs, *outputs, partials, counters.arrivals)
+        route_few((tokens, splits + 1, 1), tensors, (hidden.stride(0),), free, constants, early=early)
+        return routed
     tile = FEW if tokens <= MOST_FEW else MANY
     tiles = triton.cdiv(tokens, tile.tokens)
     splits = _splits(tile, tiles, width)
-    block = triton.next_power_of_2(number)
-    normed = torch.empty((tokens, width), dtype=hidden.dtype, device=hidden.device)
-    weights = torch.empty((tokens, columns), dtype=torch.float32, device=hidden.device)
-    experts = torch.empty((tokens, columns), dtype=torch.int32, device=hidden.device)
-    partials = weights
+    partials = routed.weights
     if splits > 1:
         partials = torch.empty(splits * tiles * tile.tokens * (block + 1), dtype=torch.float32, device=hidden.device)
     _route(
         (tiles, splits + tile.tokens, 1),
-        (
-            hidden,
-            gain,
-            router.weight.weight,
-            batch.positions,
-            batch.token_ids,
-            batch.cache_slots,
-            normed,
-            weights,
-            experts,
-            counters.counts,
-            partials,
-            counters.arrivals,
-        ),
+        (*inputs, *outputs, partials, counters.arrivals),
         fixed=(hidden.stride(0),),
-        free=(tokens, rule.uniform_layer or 0, eps, 1.0 if rule.normalise else rule.scale),
-        constants=(
-            width,
-            triton.next_power_of_2(width),
-            number,
-            block,
-            rule.experts_per_token,
-            shared,
-            triton.next_power_of_2(max(shared, 1)),
-            splits,
-            tile.tokens,
-            tile.depth,
-            rule.uniform_layer is not None,
-            rule.normalise,
-            count,
-            early,
-        ),
+        free=(tokens, *free),
+        constants=(*sizes, splits, tile.tokens, tile.depth, *flags),
         warps=tile.warps,
         stages=3,
         early=early,
     )
-    return Routed(normed, weights, experts)
+    return routed

@@ -16,9 +16,11 @@ from engines.kernels.cuda.tuning import (
     Machine,
     SkinnyConfig,
     SkinnyShape,
+    Table,
     block_rows,
     ceil_div,
     config_for,
+    prefer_table,
     resident_programs,
     steps_of_split,
 )
@@ -54,6 +56,12 @@ def _config(rows: int, lines: int, depth: int, gated: bool, norm: bool, device: 
         return None
     machine = machine_at(device)
     return None if machine is None else config_for(SkinnyShape(lines, depth, gated, norm), rows, machine)
+
+
+def choose_from(table: Table | None) -> None:
+    """From now on layers run what this table says; None: that of the GPU at hand. Captured graphs stay as they are."""
+    prefer_table(table)
+    _config.cache_clear()
 
 
 @functools.cache
@@ -97,16 +105,18 @@ def skinny_linear(
     gated: bool = False,
     residual: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(T, in) and contiguous (out, in) of one 16-bit type -> (T, out), or (T, out / 2) where gated.
 
-    ``norm`` is an RMS norm's gain and epsilon; ``dtype`` the result's, x's if None. ``in`` is a multiple of 16.
+    ``norm`` is an RMS norm's gain and epsilon; ``dtype`` the result's, x's if None; ``into`` contiguous memory for it.
+    ``in`` is a multiple of 16.
     """
     rows, depth = x.shape
     lines = weight.shape[0]
     shape = SkinnyShape(lines, depth, gated, norm is not None)
     machine = machine_at(x.device)
-    output = x.new_empty(rows, lines // 2 if gated else lines, dtype=dtype)
+    output = x.new_empty(rows, lines // 2 if gated else lines, dtype=dtype) if into is None else into
     gain, eps = (x, 0.0) if norm is None else norm
     _launch(
         (-(-lines // config.block_n), config.splits, 1),

@@ -1,6 +1,7 @@
 """Which configuration of the skinny kernel a linear layer runs: a table found on the device, or a model of the machine.
 
-Tables lie beside this file, one a kind of GPU, written by ``benchmarks/tune_kernels.py``. A shape that no table knows
+Tables lie beside this file, one a kind of GPU, written by ``benchmarks/tune_kernels.py``, which times each layer alone,
+and ``benchmarks/tune_steps.py``, which times whole steps. A shape that no table knows
 takes the configuration that the model finds fastest; nothing is searched or timed when a server starts.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Rows: a step runs the configuration of the first that is not smaller."""
+"""Rows: a step runs the configuration of the first that is not smaller. Tables may have others between them."""
 MOST_ROWS = BUCKETS[-1]
 MODELLED_ROWS = 64
 """For more, only a table says that the kernel is faster than cuBLAS."""
@@ -259,9 +260,10 @@ class Table:
 
     def find(self, shape: SkinnyShape, rows: int) -> tuple[bool, SkinnyConfig | None]:
         """Whether the table knows, and what it says. A shape is found with and without its norm, of little weight;
-        rows that its entry lacks are left to cuBLAS."""
+        rows take what its entry says of the fewest that are not fewer, or cuBLAS."""
         entry = self._entries.get(shape.key()) or self._entries.get(replace(shape, norm=not shape.norm).key(), {})
-        fields = entry.get(str(rows))
+        known = min((bucket for bucket in map(int, entry) if rows <= bucket), default=None)
+        fields = None if known is None else entry[str(known)]
         return bool(entry), None if fields is None else _config_of(fields)
 
 
@@ -280,9 +282,8 @@ def table_name(gpu: str) -> str:
     return f"linear-{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
-@functools.cache
-def _table(machine: Machine, folder: Path) -> Table:
-    """This GPU's, else one of a GPU with the same chip, else an empty one."""
+def table_entries(machine: Machine, folder: Path) -> dict[str, dict[str, list[int] | None]]:
+    """This GPU's, else those of a GPU with the same chip, else none."""
     own = folder / table_name(machine.name)
     for path in [own] if own.exists() else sorted(folder.glob("linear-*.json")):
         data = json.loads(path.read_text())
@@ -290,8 +291,24 @@ def _table(machine: Machine, folder: Path) -> Table:
             machine.capability,
             machine.multiprocessors,
         ):
-            return Table(data["entries"])
-    return Table({})
+            entries: dict[str, dict[str, list[int] | None]] = data["entries"]
+            return entries
+    return {}
+
+
+@functools.cache
+def _table(machine: Machine, folder: Path) -> Table:
+    return Table(table_entries(machine, folder))
+
+
+_preferred: Table | None = None
+
+
+def prefer_table(table: Table | None) -> None:
+    """From now on ``config_for`` asks this table, None: the one of the GPU at hand, as at the start."""
+    global _preferred
+    _preferred = table
+    config_for.cache_clear()
 
 
 @functools.cache
@@ -300,7 +317,7 @@ def config_for(shape: SkinnyShape, rows: int, machine: Machine) -> SkinnyConfig 
     bucket = next((bucket for bucket in BUCKETS if rows <= bucket), None)
     if bucket is None:
         return None
-    known, config = _table(machine, TABLES).find(shape, bucket)
+    known, config = (_preferred or _table(machine, TABLES)).find(shape, rows)
     if known or bucket > MODELLED_ROWS:
         return config
     return predicted_config(shape, bucket, machine)

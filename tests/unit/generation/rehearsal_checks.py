@@ -23,7 +23,7 @@ from benchmarks.model_configs import config_folder
 from engines.generation.compile_ahead import STAGES, Rehearsed, Sizes
 from engines.generation.rehearsal import PLAIN, TRUNCATED, Walk, launched_by, rehearse
 from engines.kernels.cuda.compile_pool import compile_for
-from engines.kernels.cuda.launch import Launcher, Specialisation
+from engines.kernels.cuda.launch import Launcher, Specialisation, Tiled
 from engines.kernels.cuda.tuning import Machine
 from engines.protocol import EngineSpec
 
@@ -58,12 +58,14 @@ def key_of(call: Callable[[], object]) -> str:
 def launch(one: Specialisation) -> None:
     """As a step does, with tensors in memory of the same types that begin at places of the same kind."""
     tensors = tuple(torch.empty(64, dtype=dtype)[0 if aligned else 1 :] for dtype, aligned in one.types)
-    one.launcher((1, 1, 1), tensors, one.fixed, one.free, one.constants, one.warps, one.stages, one.early)
+    tiled = tuple(Tiled(torch.empty(kind.tile, dtype=kind.dtype), kind.tile) for kind in one.tiled)
+    one.launcher((1, 1, 1), tensors, one.fixed, one.free, one.constants, one.warps, one.stages, one.early, tiled)
 
 
 def specialised_free(one: Specialisation) -> list[str]:
     """Free integers that the kernel does not name as such: each value of theirs would be compiled apart."""
-    parameters = one.launcher.kernel.params[len(one.types) + len(one.fixed) :][: len(one.free)]
+    before = len(one.tiled) + len(one.types) + len(one.fixed)
+    parameters = one.launcher.kernel.params[before:][: len(one.free)]
     return [
         f"{one.name}.{parameter.name}"
         for parameter, value in zip(parameters, one.free, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class Row:
 
     def expected(self, logits: torch.Tensor) -> int:
         if self.temperature < row_parameters.GREEDY_BELOW:
-            return int(logits.argmax())
+            return int((logits == logits.max()).nonzero()[0])
         scaled = logits / torch.tensor(self.temperature)
         if self.min_p:
             scaled[scaled < scaled.max() + math.log(self.min_p)] = -torch.inf
@@ -54,7 +55,8 @@ class Row:
         seed = torch.from_numpy(np.array([self.seed], np.uint64).view(np.int64))
         place = torch.tensor([self.place - self.prompt_length])
         noise = reference.gumbel_noise(seed, torch.tensor([self.choice]), place, len(logits))[0]
-        return int((scaled + noise).argmax())
+        scores = scaled + noise
+        return int((scores == scores.max()).nonzero()[0])
 
 
 def draw(rows: list[Row], logits: torch.Tensor) -> tuple[list[int], torch.Tensor]:
@@ -124,3 +126,79 @@ def test_the_lowest_of_equal_tokens_wins_without_noise() -> None:
     logits = torch.zeros(1, 5000)
     logits[0, [4100, 2200, 4900]] = 3.0
     assert draw([Row(0, 9, 1, temperature=0.0)], logits)[0] == [2200]
+
+
+def random_rows(rng: random.Random, count: int, **settings: float) -> list[Row]:
+    """Of temperatures from 0.01 to 2."""
+    return [
+        Row(slot, rng.randrange(5, 60), rng.getrandbits(64), temperature=10 ** rng.uniform(-2, 0.3), **settings)  # type: ignore[arg-type]
+        for slot in rng.sample(range(SLOTS), count)
+    ]
+
+
+def close_contest(rows: int, vocab: int) -> torch.Tensor:
+    """A few tokens, of which any may win, among many that hardly can."""
+    logits = torch.full((rows, vocab), -40.0)
+    for line in logits:
+        line[torch.randperm(vocab)[:6]] = torch.rand(6)
+    return logits
+
+
+LOGITS: dict[str, Callable[[int, int], torch.Tensor]] = {
+    "flat": torch.randn,
+    "peaked": lambda *shape: torch.randn(shape) * 30,
+    "close": close_contest,
+    "equal": lambda *shape: torch.randn(shape).round(),
+    "masked": lambda *shape: torch.where(torch.rand(shape) < 0.99, -torch.inf, torch.randn(shape)),
+    "huge": lambda *shape: torch.randn(shape) * 1e4,
+    "far apart": lambda *shape: torch.randn(shape) * 10 ** (torch.rand(shape) * 30 - 10),
+}
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize(("count", "vocab"), [(12, 6), (8, 301), (2, 4099)])
+def test_the_best_score_wins_whatever_the_logits(kind: str, count: int, vocab: int) -> None:
+    rng = random.Random(kind)
+    # Rows stand apart, as in a buffer of which they are a part.
+    logits = torch.full((count, vocab + 3), torch.nan)[:, :vocab]
+    logits.copy_(LOGITS[kind](count, vocab))
+    rows = random_rows(rng, count)
+    assert draw(rows, logits)[0] == [row.expected(line) for row, line in zip(rows, logits, strict=True)]
+
+
+def test_the_first_in_rank_loses_to_a_better_score_in_another_part() -> None:
+    """A rank exceeds its score by more the less the token's noise is; logits are such that this decides."""
+    rng, rows, logits = random.Random(4), [], torch.full((6, 2100), -torch.inf)
+    first, second = 5, 2077
+    for slot, line in enumerate(logits):
+        row = Row(slot, 9, rng.getrandbits(64))
+        seed = torch.from_numpy(np.array([row.seed], np.uint64).view(np.int64))
+        noise = reference.gumbel_noise(seed, torch.tensor([0]), torch.tensor([5]), 2100)[0]
+        noise = noise[[first, second]].double()
+        bound = -torch.log(-torch.expm1(-torch.exp(-noise)))
+        line[[first, second]] = torch.tensor([0.0, float((noise[0] - noise[1] + bound[0] - bound[1]) / 2)])
+        rows.append(row)
+    assert draw(rows, logits)[0] == [row.expected(line) for row, line in zip(rows, logits, strict=True)]
+
+
+def test_low_temperatures_decide_between_close_tokens() -> None:
+    """Their scaled logits are so large that a rank's rounding is larger than what they differ by."""
+    rng = random.Random(3)
+    logits = 200 + torch.rand(SLOTS, 600) * 1e-4
+    rows = [Row(slot, 9, rng.getrandbits(64), temperature=2e-5) for slot in range(SLOTS)]
+    assert draw(rows, logits)[0] == [row.expected(line) for row, line in zip(rows, logits, strict=True)]
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 3}, {"top_k": 1}, {"min_p": 0.999}])
+def test_what_is_just_below_the_floor_never_wins(setting: dict[str, float]) -> None:
+    """The noise favours some of the next tokens, which differ from the last admitted one in the last bits."""
+    rng = random.Random(5)
+    logits = torch.stack([torch.randperm(300) for _ in range(8)]) * 2.0**-16 + 100.0
+    rows = random_rows(rng, 8, **setting)
+    assert draw(rows, logits)[0] == [row.expected(line) for row, line in zip(rows, logits, strict=True)]
+
+
+def test_an_infinite_logit_wins() -> None:
+    logits = torch.randn(2, 2500)
+    logits[:, 2222] = torch.inf
+    assert draw([Row(1, 9, 4), Row(2, 9, 4, temperature=0.0)], logits)[0] == [2222, 2222]

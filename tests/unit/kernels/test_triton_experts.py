@@ -17,6 +17,9 @@ TOLERANCE = 2e-2
 """Triton's interpreter cuts off what does not fit into bfloat16."""
 SHAPES = [
     (Shape(1, 128, 48, 16, 3, 2), 0),
+    (Shape(1, 144, 40, 20, 6, 1), 0),
+    (Shape(1, 128, 48, 16, 4, 0), 1),
+    (Shape(3, 600, 16, 20, 4, 0), 1),
     (Shape(5, 160, 40, 16, 6, 2), 2),
     (Shape(37, 96, 64, 20, 4, 0), 1),
     (Shape(40, 96, 48, 16, 4, 1), 40),
@@ -88,6 +91,15 @@ def test_mixture(shape: Shape, padding: int, tile: Tile | None) -> None:
     assert not counters(DEVICE).counts.any()
     again = mixture.mixture(case.hidden, case.gain, EPS, case.router, case.stacks, case.batch, tiles)
     assert torch.equal(result[real], again[real])
+
+
+def test_one_token_as_many_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ExpertCase(Shape(1, 160, 72, 16, 5, 1), DEVICE)
+    alone = mixture.mixture(case.hidden, case.gain, EPS, case.router, case.stacks, case.batch)
+    monkeypatch.setattr(mixture, "MOST_ALONE", 0)
+    among = mixture.mixture(case.hidden, case.gain, EPS, case.router, case.stacks, case.batch)
+    assert distance(alone, among) < TOLERANCE
+    assert not counters(DEVICE).counts.any()
 
 
 def test_a_choice_made_elsewhere() -> None:

@@ -25,6 +25,14 @@ def test_decodes(contexts: list[int], widths: Widths, fp8: bool) -> None:
     assert case.cache_is_written()
 
 
+def test_more_rows_than_are_expanded_one_by_one() -> None:
+    contexts = [70, 130, 1, 64] + [20] * (mla.FEW_TOKENS - 3)
+    case = LatentCase(contexts, Widths(3, 24, 16, 64, 32, False), DEVICE, padding=1)
+    result = mla.attend_latents(case.queries, case.latents, case.shape, case.cache, case.batch)
+    assert case.distance(result) < TOLERANCE[False]
+    assert case.cache_is_written()
+
+
 def test_lines_of_the_block_table_and_padding() -> None:
     case = LatentCase([30, 200, 17, 90, 3], Widths(4, 16, 16, 64, 16, True), DEVICE, padding=3)
     result = mla.attend_latents(case.queries, case.latents, case.shape, case.cache, case.batch)

@@ -94,9 +94,33 @@ def test_a_table_goes_before_the_model(folder: Path) -> None:
     write_table(folder, HOPPER, {shape.key(): {"4": fields_of(CONFIG), "16": None}})
     assert config_for(shape, 3, HOPPER) == CONFIG
     assert config_for(shape, 4, HOPPER) == CONFIG
+    assert config_for(shape, 1, HOPPER) == CONFIG
     assert config_for(shape, 9, HOPPER) is None
-    assert config_for(shape, 1, HOPPER) is None
+    assert config_for(shape, 17, HOPPER) is None
     assert config_for(SHAPES[1], 1, HOPPER) == predicted_config(SHAPES[1], 1, HOPPER)
+
+
+def test_a_table_may_have_other_numbers_of_rows(folder: Path) -> None:
+    other = SkinnyConfig(32, 256, 4, 1, 4, 4, 512, True)
+    write_table(folder, HOPPER, {SHAPES[0].key(): {"24": fields_of(CONFIG), "32": fields_of(other)}})
+    assert [config_for(SHAPES[0], rows, HOPPER) for rows in (17, 24, 25, 32, 33)] == [
+        CONFIG,
+        CONFIG,
+        other,
+        other,
+        None,
+    ]
+
+
+def test_another_table_can_be_preferred_for_a_while(folder: Path) -> None:
+    write_table(folder, HOPPER, {SHAPES[0].key(): {"4": fields_of(CONFIG)}})
+    assert config_for(SHAPES[0], 4, HOPPER) == CONFIG
+    try:
+        tuning.prefer_table(Table({SHAPES[0].key(): {"4": None}}))
+        assert config_for(SHAPES[0], 4, HOPPER) is None
+    finally:
+        tuning.prefer_table(None)
+    assert config_for(SHAPES[0], 4, HOPPER) == CONFIG
 
 
 def test_a_gpu_with_the_same_chip_shares_its_table(folder: Path) -> None:
@@ -126,7 +150,7 @@ def test_shipped_tables_are_whole() -> None:
             shape = SkinnyShape(int(lines), int(depth), "-gated" in key, "-norm" in key)
             assert shape.key() == key
             for rows in map(int, entry):
-                assert rows in BUCKETS
+                assert rows <= MOST_ROWS
                 _, config = Table(data["entries"]).find(shape, rows)
                 if config is not None:
                     assert predicted_us(config, shape, rows, machine) < float("inf"), (key, rows)

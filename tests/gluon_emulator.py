@@ -1,0 +1,206 @@
+"""Runs kernels written in Gluon on the CPU, for their logic: indices, masks, barriers and their phases.
+
+Triton's interpreter does not know Gluon. Here a kernel's source is executed with NumPy in the place of the language;
+the partitions of a program are threads, shared memory begins as NaN, and what waits for ever raises. Layouts, and what
+a product that is still running may not touch, are not emulated.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+PATIENCE = 20.0
+"""Seconds that a barrier is waited for."""
+
+
+class Values(np.ndarray[Any, Any]):
+    """A tensor, or a number, in registers."""
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Values:
+        return _values(array)
+
+    def to(self, dtype: Any) -> Values:
+        return self if dtype is None else self.astype(dtype).view(Values)
+
+    @property
+    def type(self) -> Any:
+        return SimpleNamespace(layout=None)
+
+
+def _values(array: Any) -> Values:
+    return np.asarray(array).view(Values)
+
+
+class Pointer:
+    """Into a flat array; numbers are kept as they are, whatever type is asked for."""
+
+    dtype = SimpleNamespace(element_ty=None)
+
+    def __init__(self, array: Any, offset: Any = 0) -> None:
+        self.array, self.offset = np.asarray(array).reshape(-1), np.asarray(offset)
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.array, self.offset + np.asarray(offset))
+
+
+class Shared:
+    """A part of shared memory, or barriers in it."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def index(self, index: Any) -> Shared:
+        return Shared(self.array[int(index)])
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.array.transpose(order))
+
+    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
+        return Shared(self.array.reshape(shape))
+
+    def store(self, values: Any) -> None:
+        self.array[...] = values
+
+    def load(self, layout: Any) -> Values:
+        return _values(self.array.copy())
+
+
+class Barrier:
+    """Flips its phase when all have arrived and all bytes that were announced are there."""
+
+    def __init__(self) -> None:
+        self.changed, self.phase, self.count, self.missing, self.bytes = threading.Condition(), 0, 0, 0, 0
+
+    def update(self, arrivals: int = 0, expected: int = 0) -> None:
+        with self.changed:
+            self.missing, self.bytes = self.missing - arrivals, self.bytes + expected
+            assert self.missing >= 0, "more arrive than the barrier was made for"
+            if not self.missing and not self.bytes:
+                self.phase, self.missing = self.phase ^ 1, self.count
+                self.changed.notify_all()
+
+    def wait(self, phase: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.phase != phase, PATIENCE), "waits for ever"
+
+
+def _init(shared: Shared, count: int) -> None:
+    shared.array[0].count = shared.array[0].missing = count
+
+
+def _expect(shared: Shared, expected: int, pred: Any = True) -> None:
+    if pred:
+        shared.array[0].update(1, expected)
+
+
+MBARRIER = SimpleNamespace(
+    MBarrierLayout=lambda: Barrier,
+    init=_init,
+    expect=_expect,
+    arrive=lambda shared, count: shared.array[0].update(count),
+    wait=lambda shared, phase: shared.array[0].wait(int(phase)),
+)
+
+
+def _copy(matrix: Any, place: Any, barrier: Shared, target: Shared, pred: Any = True) -> None:
+    """Of 16-bit numbers: two bytes each."""
+    if pred:
+        (row, column), (rows, columns) = map(int, place), target.array.shape
+        target.array[...] = matrix[row : row + rows, column : column + columns]
+        barrier.array[0].update(0, -2 * rows * columns)
+
+
+def _multiply(left: Any, right: Shared, sums: Any, use_acc: bool = True, is_async: bool = False) -> Values:
+    operand = left.array if isinstance(left, Shared) else np.asarray(left)
+    return _values((np.asarray(sums) if use_acc else 0) + operand @ right.array)
+
+
+def _load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Values:
+    present = np.broadcast_to(np.asarray(mask), pointer.offset.shape)
+    return _values(np.where(present, pointer.array[np.where(present, pointer.offset, 0)], other))
+
+
+def _store(pointer: Pointer, values: Any, mask: Any) -> None:
+    present = np.broadcast_to(np.asarray(mask), pointer.offset.shape)
+    pointer.array[pointer.offset[present]] = np.asarray(values)[present]
+
+
+def _allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
+    if layout is Barrier:
+        return Shared(np.array([[Barrier()] for _ in range(shape[0])], object))
+    return Shared(np.full(shape, np.nan, np.float32))
+
+
+def _specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], warps: Any, registers: Any) -> None:
+    errors: list[BaseException] = []
+
+    def run(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        try:
+            with np.errstate(all="ignore"):  # which a thread does not inherit
+                function(*arguments)
+        except Exception as error:  # noqa: BLE001 - raised again where the program was started
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _language(program: int) -> SimpleNamespace:
+    layouts = ("BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout")
+    return SimpleNamespace(
+        **dict.fromkeys(layouts, lambda *_: None),
+        int32=np.int32,
+        int64=np.int64,
+        float32=np.float32,
+        program_id=lambda axis: _values(program),
+        arange=lambda start, end, layout: _values(np.arange(start, end)),
+        zeros=lambda shape, dtype, layout: _values(np.zeros(shape, np.float32)),
+        full=lambda shape, value, dtype, layout: _values(np.full(shape, value, np.float32)),
+        load=_load,
+        store=_store,
+        where=lambda *parts: _values(np.where(*parts)),
+        minimum=lambda left, right: _values(np.minimum(left, right)),
+        maximum=lambda left, right: _values(np.maximum(left, right)),
+        exp2=lambda x: _values(np.exp2(x)),
+        sum=lambda x, axis: _values(np.sum(np.asarray(x), axis)),
+        max=lambda x, axis: _values(np.max(np.asarray(x), axis)),
+        associative_scan=lambda x, axis, function: _values(np.cumsum(np.asarray(x), axis)),
+        static_range=range,
+        thread_barrier=lambda: None,
+        convert_layout=lambda x, layout: x,
+        allocate_shared_memory=_allocate,
+        warp_specialize=_specialize,
+    )
+
+
+def run(module: ModuleType, kernel: str, programs: int, *arguments: Any) -> None:
+    """Run that kernel of the module as a grid of so many programs, one after the other."""
+    source = inspect.getsource(module)
+    begin, end = source.index("@gluon.jit"), source.index(" = Launcher(")
+    code = compile(
+        "from __future__ import annotations\n" + source[begin : source.rindex("\n", begin, end)], kernel, "exec"
+    )
+    for program in range(programs):
+        names: dict[str, Any] = {
+            "gluon": SimpleNamespace(jit=lambda function=None, **_: function or (lambda inner: inner)),
+            "gl": _language(program),
+            "mbarrier": MBARRIER,
+            "tma": SimpleNamespace(async_copy_global_to_shared=_copy),
+            "fence_async_shared": lambda: None,
+            "warpgroup_mma": _multiply,
+            "warpgroup_mma_wait": lambda running, deps: deps[0] if len(deps) == 1 else deps,
+        }
+        exec(code, names)  # the project's own source
+        with np.errstate(all="ignore"):
+            names[kernel](*arguments)
