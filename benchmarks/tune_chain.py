@@ -161,27 +161,33 @@ class Chain:
 
 
 class SeenTable(Table):
-    """Knows no layer, and notes which ones ask."""
+    """A table that notes which layers ask."""
 
-    def __init__(self) -> None:
-        super().__init__({})
+    def __init__(self, entries: dict[str, dict[str, list[int] | None]]) -> None:
+        super().__init__(entries)
         self.shapes: dict[SkinnyShape, None] = {}
 
     def find(self, shape: SkinnyShape, rows: int) -> tuple[bool, SkinnyConfig | None]:
         self.shapes[shape] = None
-        return True, None
+        return super().find(shape, rows)
 
 
-def shapes_of(step: Callable[[], None]) -> list[SkinnyShape]:
-    """Of the linear layers that the step asks a configuration for, in order. Runs it."""
-    seen = SeenTable()
+def shapes_of(step: Callable[[], None], entries: dict[str, dict[str, list[int] | None]]) -> list[SkinnyShape]:
+    """Of the linear layers that the step asks a configuration for, in order. Runs it with the table's ``entries``.
+
+    Whether a layer's norm is inside depends on what runs before it. A table finds an entry either way, so a layer that
+    was seen without is not looked at with it.
+    """
+    seen = SeenTable(entries)
     choose_from(seen)
     try:
         with torch.inference_mode():
             step()
     finally:
         choose_from(None)
-    return list(seen.shapes)
+    return [
+        shape for shape in seen.shapes if not (shape.norm and dataclasses.replace(shape, norm=False) in seen.shapes)
+    ]
 
 
 class StepTimer:

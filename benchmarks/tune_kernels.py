@@ -27,7 +27,7 @@ from benchmarks import report
 from benchmarks.floors import read_bandwidth
 from benchmarks.tune_descent import describe
 from benchmarks.tune_tables import merged, write_table
-from benchmarks.tuned_layers import DTYPE, EPS, LAYERS, Inputs, Layer, microseconds
+from benchmarks.tuned_layers import DTYPE, LAYERS, Inputs, Layer, microseconds
 from engines.kernels.cuda.binary_cache import choose_folder
 from engines.kernels.cuda.tuning import (
     BUCKETS,
@@ -68,10 +68,12 @@ def compile_one(machine: Machine, layer: Layer, rows: int, config: SkinnyConfig)
     """In a process of its own, which has no GPU; returns what went wrong."""
     try:
         from engines.kernels.cuda.compile_pool import compile_for
-        from engines.kernels.cuda.skinny import compile_skinny
+        from engines.kernels.cuda.skinny import Fused, compile_skinny, handed_tiles
 
         compile_for(machine.capability)
-        compile_skinny(layer.shape, rows, config, machine, layer.bias, layer.residual, DTYPE, layer.output_dtype)
+        hands_over = layer.hands_over and handed_tiles(rows, layer.shape.lines, config) > 0
+        fused = Fused(layer.bias, layer.residual, layer.handed_parts, hands_over)
+        compile_skinny(layer.shape, rows, config, machine, fused, DTYPE, layer.output_dtype)
     except Exception as error:  # noqa: BLE001 - one failure must not end the search
         return f"{config}: {type(error).__name__}: {error}"[:300]
     return ""
@@ -139,7 +141,9 @@ class Tuner:
                     if compiling is not None and (failure := compiling.result()):
                         found.failures.append(failure)
                         continue
-                    found.times[rows][config] = microseconds(partial(run_skinny, inputs, config, rows), inputs.weights)
+                    found.times[rows][config] = microseconds(
+                        partial(inputs.skinny, config=config, rows=rows), inputs.weights
+                    )
                 except Exception as error:  # noqa: BLE001 - one failure must not end the search
                     found.failures.append(f"{rows} rows, {config}: {type(error).__name__}: {error}"[:300])
 
@@ -149,29 +153,12 @@ class Tuner:
         for config, _ in sorted(found.times[rows].items(), key=lambda item: item[1]):
             if config is None:
                 return None
-            error = float(
-                (run_skinny(inputs, config, rows, inputs.weights[0]).float() - expected).norm() / expected.norm()
-            )
+            result = inputs.skinny(inputs.weights[0], config, rows).float()
+            error = float((result - expected).norm() / expected.norm())
             if error < TOLERANCE:
                 return config
             found.failures.append(f"{rows} rows, {config}: error {error:.1e}")
         return None
-
-
-def run_skinny(inputs: Inputs, config: SkinnyConfig, rows: int, weight: torch.Tensor) -> torch.Tensor:
-    from engines.kernels.cuda.skinny import skinny_linear
-
-    layer = inputs.layer
-    return skinny_linear(
-        inputs.x[:rows],
-        weight,
-        config,
-        (inputs.gain, EPS) if layer.shape.norm else None,
-        inputs.bias,
-        layer.shape.gated,
-        None if inputs.residual is None else inputs.residual[:rows],
-        layer.output_dtype,
-    )
 
 
 def _fastest(found: Found, rows: int, count: int) -> list[SkinnyConfig]:

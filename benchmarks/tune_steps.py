@@ -76,7 +76,9 @@ class GpuBench:
         config = model_config(model)
         chain = Chain(config, chain_layers(config), torch.device("cuda", 0))
         chain.set_rows(1, 1)
-        subject = self.subjects[model] = Subject(chain, shapes_of(chain.step(1)), number)
+        subject = self.subjects[model] = Subject(
+            chain, shapes_of(chain.step(1), table_entries(machine_of(0), TABLES)), number
+        )
         return subject
 
     def want_reference(self, model: str) -> None:

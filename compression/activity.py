@@ -21,7 +21,7 @@ from compression.hidden_states import HiddenStates
 from compression.layerwise import Window
 from compression.plan import LayerPlan, LinearLayer, has_experts, layer_index
 from compression.quantize.rounding import RoundToNearest
-from engines.kernels import QuantizedMatrix, RmsNorm, silu_mul
+from engines.kernels import QuantizedMatrix, RmsNorm, Stream, silu_mul
 from engines.kernels.experts import choose
 from engines.models.config import DeepseekConfig
 from engines.models.experts import Experts
@@ -106,10 +106,12 @@ class ActivityPass:
         for number, stream in list(self._streams.items()):
             for place, window in enumerate(self._windows):
                 hidden = stream.read(place, self._base.device)
-                hidden = layer.attention(hidden, layer.attention_norm, window.batch, window.cache)
+                attention = layer.attention(Stream(hidden), layer.attention_norm, window.batch, window.cache)
+                hidden = attention.hidden
                 if number < 0:
                     attended.append(hidden)
-                stream.write(place, layer.feed_forward(hidden, layer.feed_forward_norm, window.batch))
+                after = layer.feed_forward(Stream(hidden), layer.feed_forward_norm, window.batch)
+                stream.write(place, after.hidden)
         if not has_experts(self._config, index):
             return None
         assert isinstance(layer.feed_forward, Experts)

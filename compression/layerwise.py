@@ -16,7 +16,7 @@ from compression.quantize.base import LayerInputs, Quantizer
 from compression.quantize.methods import make_quantizer
 from compression.recipe import Recipe, matching
 from compression.scaling import SAMPLES, find_scale
-from engines.kernels import rms_norm
+from engines.kernels import Stream, rms_norm
 from engines.models.batch import Batch, LayerCache
 from engines.models.config import DeepseekConfig, ModelConfig
 from engines.models.deepseek import LATENT_EPS
@@ -72,10 +72,11 @@ class LayerQuantizer:
         cos_sin: torch.Tensor,
         device: torch.device,
         hessian_bytes: int,
-        tick: Callable[[], None] = lambda: None,
+        tick: Callable[[float], None] = lambda amount: None,
     ) -> None:
         """``hessian_bytes``: what the Hessians of one pass over the windows may take together; more passes are made
-        where they are larger, and one Hessian is always held. ``tick`` is called after each window of each pass."""
+        where they are larger, and one Hessian is always held. ``tick`` is told of each pass of a window through half
+        a layer."""
         self._config = config
         self._recipe = recipe
         self._plan = plan.layers
@@ -83,6 +84,8 @@ class LayerQuantizer:
         self._device = device
         self._hessian_bytes = hessian_bytes
         self._tick = tick
+        self._corrects = recipe.compensation is not None and recipe.compensation.bias != "none"
+        """Biases take off the mean error of their layer (Nagel et al. 2019, arXiv 1906.04721)."""
         self._scalable: set[str] = set()
         if recipe.scaling is not None:
             self._scalable = matching(recipe.scaling.match, plan.layers)
@@ -105,6 +108,23 @@ class LayerQuantizer:
             self._pass(layer, part, windows, stream, following)
             stream = following
         return notes
+
+    def run(
+        self,
+        index: int,
+        weights: LayerWeights,
+        windows: list[Window],
+        stream: HiddenStates,
+        following: HiddenStates,
+        config: ModelConfig | None = None,
+    ) -> None:
+        """Run the windows through decoder layer ``index`` as its weights are, from ``stream`` to ``following``.
+
+        ``config``: the layer's, where it is another one than before it was compressed.
+        """
+        layer = build_calibrated(config or self._config, index, weights, self._cos_sin, self._device)
+        self._pass(layer, "attention", windows, stream, following)
+        self._pass(layer, "feed_forward", windows, following, following)
 
     def without_calibration(self, weights: LayerWeights) -> None:
         """Quantize every layer of ``weights`` that the plan names, by its weights alone."""
@@ -216,14 +236,14 @@ class LayerQuantizer:
     ) -> None:
         model_layer = layer.layer
         for place, window in enumerate(windows):
-            hidden = stream.read(place, self._device)
+            states = Stream(stream.read(place, self._device))
             if part == "attention":
-                hidden = model_layer.attention(hidden, model_layer.attention_norm, window.batch, window.cache)
+                states = model_layer.attention(states, model_layer.attention_norm, window.batch, window.cache)
             else:
-                hidden = model_layer.feed_forward(hidden, model_layer.feed_forward_norm, window.batch)
+                states = model_layer.feed_forward(states, model_layer.feed_forward_norm, window.batch)
             if following is not None:
-                following.write(place, hidden)
-            self._tick()
+                following.write(place, states.hidden)
+            self._tick(1)
 
     def _scale(self, folds: list[Fold], weights: LayerWeights) -> None:
         assert self._recipe.scaling is not None
@@ -251,10 +271,14 @@ class LayerQuantizer:
     def _replace(
         self, weights: LayerWeights, name: str, quantizer: Quantizer, inputs: LayerInputs | None, plan: LayerPlan
     ) -> None:
+        exact = weights.tensors[f"{name}.weight"]
         try:
-            weights.replace(name, quantizer.quantize(weights.tensors[f"{name}.weight"], inputs, plan.scheme))
+            weights.replace(name, quantizer.quantize(exact, inputs, plan.scheme))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        bias = weights.tensors.get(f"{name}.bias")
+        if self._corrects and bias is not None and inputs is not None and inputs.tokens:
+            bias += (exact - weights.tensors[f"{name}.weight"]) @ inputs.mean
 
 
 def _loudest(name: str, weights: LayerWeights) -> LayerInputs | None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from engines.kernels import RmsNorm
 from engines.kernels.cuda.tuning import SkinnyConfig
+from engines.kernels.linear import Handover
 
 EPS = 1e-6
 
@@ -64,12 +66,52 @@ class LinearCase:
             output = torch.nn.functional.silu(gate) * up
         return output if self.residual is None else output + self.residual.double()
 
-    def run(self, config: SkinnyConfig, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Through the skinny kernel."""
+    def run(
+        self,
+        config: SkinnyConfig,
+        dtype: torch.dtype | None = None,
+        parts: int = 0,
+        handover: Handover | None = None,
+    ) -> torch.Tensor:
+        """Through the skinny kernel; with ``parts``, the norm comes handed over in so many."""
         from engines.kernels.cuda.skinny import skinny_linear
 
+        x, squares = self.x, None
+        if self.gain is not None and parts:
+            squares = torch.stack([part.float().square().sum(1) for part in x.tensor_split(parts, 1)], 1)
+            x = (x.float() * self.gain.float()).to(x.dtype)
         norm = None if self.gain is None else (self.gain, EPS)
-        return skinny_linear(self.x, self.weight, config, norm, self.bias, self.gated, self.residual, dtype)
+        return skinny_linear(
+            x,
+            self.weight,
+            config,
+            norm,
+            self.bias,
+            self.gated,
+            self.residual,
+            dtype,
+            squares=squares,
+            handover=handover,
+        )
+
+    def empty_handover(self, config: SkinnyConfig) -> Handover:
+        """What the layer that reads this one's result gets, not yet filled, with a random gain."""
+        rows, lines = self.x.shape[0], self.weight.shape[0]
+        width = lines // 2 if self.gated else lines
+        return Handover(
+            RmsNorm(torch.randn(width).to(self.x.device, self.x.dtype), EPS),
+            torch.full((rows, width), torch.nan, dtype=self.x.dtype, device=self.x.device),
+            torch.full((rows, -(-lines // config.block_n)), torch.nan, device=self.x.device),
+        )
+
+    @staticmethod
+    def check_handover(hidden: torch.Tensor, handover: Handover) -> None:
+        """That it is what the norm needs of ``hidden``."""
+        wide = hidden.float()
+        scaled = (wide * handover.norm.weight.float()).to(hidden.dtype)
+        # Triton's interpreter cuts where the GPU rounds.
+        torch.testing.assert_close(handover.scaled, scaled, rtol=0.0 if hidden.is_cuda else 2**-7, atol=0.0)
+        torch.testing.assert_close(handover.squares.sum(1), wide.square().sum(1), rtol=1e-5, atol=0.0)
 
     def distance(self, result: torch.Tensor) -> float:
         """Of the result from its definition, relative; NaN where an element was not written."""

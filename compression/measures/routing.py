@@ -13,7 +13,7 @@ from compression.measures.intervals import Estimate, ratio_of_sums
 from compression.measures.models import LoadedModel
 from compression.measures.texts import Windows
 from engines.generation.whole_prompts import WholePrompts
-from engines.kernels import RmsNorm
+from engines.kernels import RmsNorm, Stream
 from engines.kernels.experts import choose
 from engines.models.batch import Batch
 from engines.models.experts import Experts
@@ -26,13 +26,15 @@ Choices = np.ndarray[tuple[int, ...], np.dtype[np.int16]]
 class _Watched:
     """An expert layer that writes down whom its router chooses."""
 
+    takes_handover = False
+
     def __init__(self, experts: Experts, found: list[torch.Tensor]) -> None:
         self._experts = experts
         self._found = found
 
-    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:
-        self._found.append(choose(norm(hidden), self._experts.router, batch)[1])
-        return self._experts(hidden, norm, batch)
+    def __call__(self, stream: Stream, norm: RmsNorm, batch: Batch, next_norm: RmsNorm | None = None) -> Stream:
+        self._found.append(choose(norm(stream.hidden), self._experts.router, batch)[1])
+        return self._experts(stream, norm, batch, next_norm)
 
 
 class RouterWatch:

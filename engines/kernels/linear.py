@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from engines.kernels import backends, elementwise
+from engines.kernels.cuda import TritonKernels
 from engines.kernels.cuda.tuning import MOST_ROWS, WEIGHT_ALIGNMENT
 from engines.kernels.matrices import Matrix, stack_rows
 from engines.kernels.quantized import QuantizedLinear, pack_quantized
@@ -22,6 +23,9 @@ INVARIANT_ROWS = 8
 kernel, and a row's last bits, by the number of rows."""
 
 SKINNY_TYPES = (torch.bfloat16, torch.float16)
+
+NORM_APART_ROWS = 33
+"""From so many rows, a norm in a kernel of its own takes less time than in the layer's, whose programs repeat it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,27 @@ class Fusion:
 
 
 PLAIN = Fusion()
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What the layer that writes the residual stream computes of the next layer's norm, while it has the values."""
+
+    norm: RmsNorm
+    """The one that this is a part of."""
+    scaled: torch.Tensor
+    """(T, D): the stream times the norm's gain, in the stream's type."""
+    squares: torch.Tensor
+    """(T, parts) float32, whose sums are the sums of each row's squares."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The residual stream between two layers."""
+
+    hidden: torch.Tensor
+    """(T, D)."""
+    handover: Handover | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,21 +145,38 @@ def _has_onednn_bfloat16() -> bool:
 
 
 def linear(
-    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None, fusion: Fusion = PLAIN
+    x: torch.Tensor | Stream, packed: PackedWeight, bias: torch.Tensor | None = None, fusion: Fusion = PLAIN
 ) -> torch.Tensor:
     """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
-    output = _apply(x, packed, bias, fusion)
+    stream = x if isinstance(x, Stream) else Stream(x)
+    output = _apply(stream, packed, bias, fusion)
     return output if fusion.into is None or output is fusion.into else fusion.into.copy_(output)
 
 
-def _apply(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, fusion: Fusion) -> torch.Tensor:
+def add_linear(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, stream: Stream, next_norm: RmsNorm | None = None
+) -> Stream:
+    """``stream``, whose memory may be taken, plus the layer of the (T, in) x. Where ``next_norm`` is what reads the
+    result next, as much of it is handed over as the kernel at hand can."""
+    fusion = Fusion(residual=stream.hidden, reuse=True)
+    if isinstance(packed, PackedLinear) and (added := _skinny(Stream(x), packed, bias, fusion, next_norm)) is not None:
+        return added
+    return Stream(_composed(x, packed, bias, fusion))
+
+
+def _apply(stream: Stream, packed: PackedWeight, bias: torch.Tensor | None, fusion: Fusion) -> torch.Tensor:
     """As ``linear``; ``fusion.into`` need not be heeded."""
+    if isinstance(packed, PackedLinear) and (output := _skinny(stream, packed, bias, fusion)) is not None:
+        return output.hidden
+    return _composed(stream.hidden, packed, bias, fusion)
+
+
+def _composed(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, fusion: Fusion) -> torch.Tensor:
+    """A plain product and the elementwise kernels around it, or a format's own kernel."""
     if isinstance(packed, PackedParts):
         return _side_by_side(x, packed, bias, fusion)
     if not isinstance(packed, PackedLinear):
         return _quantized(x, packed, bias, fusion)
-    if packed.layout == "turned" and (output := _skinny(x, packed, bias, fusion)) is not None:
-        return output
     if fusion.norm is not None:
         x = fusion.norm(x)
     if packed.layout == "turned" and bias is None and not fusion.gated:
@@ -182,24 +224,27 @@ def compose_output(output: torch.Tensor, fusion: Fusion) -> torch.Tensor:
     return output if fusion.dtype is None else output.to(fusion.dtype)
 
 
-def _skinny(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, fusion: Fusion) -> torch.Tensor | None:
-    """``linear`` in one kernel; None where that does not fit or is not faster."""
-    rows = x.shape[0]
-    if not 0 < rows <= MOST_ROWS or x.dtype not in SKINNY_TYPES or x.dtype is not packed.weight.dtype:
+def _skinny(
+    stream: Stream, packed: PackedLinear, bias: torch.Tensor | None, fusion: Fusion, next_norm: RmsNorm | None = None
+) -> Stream | None:
+    """``linear`` in one kernel, after one for the norm where it is apart; None where that does not fit or is slower."""
+    x, norm, squares = stream.hidden, fusion.norm, None
+    triton = _skinny_kernels(x, packed, fusion)
+    if triton is None:
         return None
-    triton = backends.triton_for(x) if fusion.residual is None else backends.triton_for(x, fusion.residual)
-    if triton is None or packed.weight.stride(1) != packed.in_features:
-        return None
-    norm = fusion.norm
-    if norm is not None and x.dtype is torch.float16:
-        # The kernel scales by the norm last; what it has before that can exceed float16.
-        x, norm = norm(x), None
-    config = triton.skinny_config(
-        rows, packed.out_features, packed.in_features, fusion.gated, norm is not None, x.device
-    )
+    place = _norm_place(stream, norm)
+    rows, lines, depth = x.shape[0], packed.out_features, packed.in_features
+    config = triton.skinny_config(rows, lines, depth, fusion.gated, place == "inside", x.device)
     if config is None:
         return None
-    return triton.skinny_linear(
+    if norm is not None and place == "apart":
+        x, norm = norm(x), None
+    elif stream.handover is not None and place == "handed":
+        x, squares = stream.handover.scaled, stream.handover.squares
+    handover = None
+    if next_norm is not None and x.dtype is torch.bfloat16 and (tiles := triton.handed_tiles(rows, lines, config)):
+        handover = Handover(next_norm, x.new_empty(rows, lines), x.new_empty(rows, tiles, dtype=torch.float32))
+    output = triton.skinny_linear(
         x,
         packed.weight.t(),
         config,
@@ -209,7 +254,30 @@ def _skinny(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None, fu
         fusion.residual,
         fusion.dtype,
         fusion.into,
+        squares,
+        handover,
     )
+    return Stream(output, handover)
+
+
+def _skinny_kernels(x: torch.Tensor, packed: PackedLinear, fusion: Fusion) -> TritonKernels | None:
+    """The kernels, if the one for few rows knows such tensors."""
+    if packed.layout != "turned" or packed.weight.stride(1) != packed.in_features:
+        return None
+    if not 0 < x.shape[0] <= MOST_ROWS or x.dtype not in SKINNY_TYPES or x.dtype is not packed.weight.dtype:
+        return None
+    return backends.triton_for(x) if fusion.residual is None else backends.triton_for(x, fusion.residual)
+
+
+def _norm_place(stream: Stream, norm: RmsNorm | None) -> Literal["nowhere", "handed", "apart", "inside"]:
+    """Where the norm before a layer of few rows is computed."""
+    if norm is None:
+        return "nowhere"
+    if stream.handover is not None and stream.handover.norm is norm:
+        return "handed"
+    # The kernel scales by the norm last; what it has before that can exceed float16.
+    apart = stream.hidden.shape[0] >= NORM_APART_ROWS or stream.hidden.dtype is torch.float16
+    return "apart" if apart else "inside"
 
 
 def product(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engines.kernels import Fusion, GroupedQueries, RmsNorm, grouped_query_attention
+from engines.kernels import Fusion, GroupedQueries, RmsNorm, Stream, grouped_query_attention
 from engines.models.batch import Batch, KvLayout, LayerCache
 from engines.models.config import DecoderConfig
 from engines.models.layers import Linear, ModelBuilder
@@ -32,10 +32,12 @@ class GroupedQueryAttention:
             {f"{name}.o_proj": config.hidden}, config.heads * width, "in", config.output_bias
         )
 
-    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        qkv = self.qkv(hidden, Fusion(norm=norm))
+    def __call__(
+        self, stream: Stream, norm: RmsNorm, batch: Batch, cache: LayerCache, next_norm: RmsNorm | None = None
+    ) -> Stream:
+        qkv = self.qkv(stream, Fusion(norm=norm))
         attended = grouped_query_attention(qkv, self.shape, cache, batch)
-        return self.output(attended, Fusion(residual=hidden, reuse=True))
+        return self.output.add_to(stream, attended, next_norm)
 
 
 def build_layers(config: DecoderConfig, builder: ModelBuilder, cos_sin: torch.Tensor) -> tuple[Layer, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engines.kernels import Fusion, LatentQueries, RmsNorm, dense, latent_attention, pack_latent_up
+from engines.kernels import Fusion, LatentQueries, RmsNorm, Stream, dense, latent_attention, pack_latent_up
 from engines.models.batch import Batch, KvLayout, LayerCache
 from engines.models.config import DeepseekConfig
 from engines.models.experts import Experts
@@ -55,17 +55,19 @@ class LatentAttention:
             latents = {f"{name}.q_proj": query_width, **latents}
         self.inputs: Linear = builder.linear(latents, config.hidden, "none", config.attention_bias)
 
-    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        inputs = self.inputs(hidden, Fusion(norm=norm))
+    def __call__(
+        self, stream: Stream, norm: RmsNorm, batch: Batch, cache: LayerCache, next_norm: RmsNorm | None = None
+    ) -> Stream:
+        inputs = self.inputs(stream, Fusion(norm=norm))
         latents = inputs[:, inputs.shape[1] - self.latent_width :]
         if self.query is None:
             queries = inputs[:, : self.query_width]
         elif self.query_rank:
             queries = self.query(inputs[:, : self.query_rank], Fusion(norm=self.query_norm))
         else:
-            queries = self.query(hidden, Fusion(norm=norm))
+            queries = self.query(stream, Fusion(norm=norm))
         attended = latent_attention(queries, latents, self.shape, cache, batch)
-        return self.output(attended, Fusion(residual=hidden, reuse=True))
+        return self.output.add_to(stream, attended, next_norm)
 
 
 def build_layers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engines.kernels import RmsNorm, Router, RoutingRule, pack_dense
+from engines.kernels import RmsNorm, Router, RoutingRule, Stream, pack_dense
 from engines.models.batch import Batch
 from engines.models.config import MoeConfig
 from engines.models.layers import ModelBuilder
@@ -12,6 +12,8 @@ from engines.models.layers import ModelBuilder
 
 class Experts:
     """The feed-forward of an expert layer. No step waits for the device, and none depends on other tokens."""
+
+    takes_handover = False
 
     def __init__(
         self, config: MoeConfig, hidden: int, builder: ModelBuilder, name: str, uniform_layer: int | None = None
@@ -34,6 +36,6 @@ class Experts:
         self.router = Router(pack_dense(weight), correction, rule)
         self.products = builder.experts(name, config, hidden)
 
-    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:
-        """The residual stream, (T, hidden), in and out."""
-        return self.products(hidden, norm, self.router, batch)
+    def __call__(self, stream: Stream, norm: RmsNorm, batch: Batch, next_norm: RmsNorm | None = None) -> Stream:
+        """The norms are its own affair: it takes none that was handed over, and hands none over."""
+        return Stream(self.products(stream.hidden, norm, self.router, batch))

@@ -15,6 +15,7 @@ from engines.kernels import (
     PackedWeight,
     RmsNorm,
     Router,
+    Stream,
     dense,
     matrix_bytes,
     take_rows,
@@ -35,9 +36,13 @@ class Linear:
         self._packed = packed
         self._bias = bias
 
-    def __call__(self, x: torch.Tensor, fusion: Fusion = PLAIN) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | Stream, fusion: Fusion = PLAIN) -> torch.Tensor:
         """(T, in) -> (T, out), or (T, out / 2) where ``fusion`` gates."""
         return kernels.linear(x, self._packed, self._bias, fusion)
+
+    def add_to(self, stream: Stream, x: torch.Tensor, next_norm: RmsNorm | None) -> Stream:
+        """``stream`` plus the layer of the (T, in) x; ``next_norm`` is what reads the sum next, if a norm does."""
+        return kernels.add_linear(x, self._packed, self._bias, stream, next_norm)
 
 
 class Embedding:
@@ -120,14 +125,15 @@ class KernelPacking:
 class Mlp:
     """``hidden + down(silu(gate(x)) * up(x))`` with x the norm of hidden."""
 
+    takes_handover = True
+
     def __init__(self, gate_up: Linear, down: Linear) -> None:
         self.gate_up = gate_up
         self.down = down
 
-    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:
-        """(T, hidden) -> (T, hidden): the residual stream in, whose memory may be taken, and out."""
-        gated = self.gate_up(hidden, Fusion(norm=norm, gated=True))
-        return self.down(gated, Fusion(residual=hidden, reuse=True))
+    def __call__(self, stream: Stream, norm: RmsNorm, batch: Batch, next_norm: RmsNorm | None = None) -> Stream:
+        gated = self.gate_up(stream, Fusion(norm=norm, gated=True))
+        return self.down.add_to(stream, gated, next_norm)
 
 
 class ModelBuilder:

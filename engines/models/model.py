@@ -7,21 +7,28 @@ from typing import Protocol
 
 import torch
 
-from engines.kernels import Fusion, RmsNorm
+from engines.kernels import Fusion, RmsNorm, Stream
 from engines.models.batch import Batch, KvLayout, LayerCache
 from engines.models.layers import Embedding, Linear
 
 
 class Attention(Protocol):
-    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        """The residual stream, (T, hidden), and its norm before attention -> the stream after; writes the step's KV.
+    def __call__(
+        self, stream: Stream, norm: RmsNorm, batch: Batch, cache: LayerCache, next_norm: RmsNorm | None = None
+    ) -> Stream:
+        """The residual stream and its norm before attention -> the stream after; writes the step's KV.
 
-        The stream after may lie in the memory of the one before."""
+        ``next_norm`` reads the stream next: what the kernel at hand can compute of it goes along. The stream
+        after may lie in the memory of the one before.
+        """
 
 
 class FeedForward(Protocol):
-    def __call__(self, hidden: torch.Tensor, norm: RmsNorm, batch: Batch) -> torch.Tensor:
-        """The residual stream, (T, hidden), and its norm before the layer -> the stream after, as for attention."""
+    takes_handover: bool
+    """Whether it gains by a norm that the layer before has begun."""
+
+    def __call__(self, stream: Stream, norm: RmsNorm, batch: Batch, next_norm: RmsNorm | None = None) -> Stream:
+        """The residual stream and its norm before the layer -> the stream after; ``next_norm`` as in attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +59,14 @@ class Model:
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
         """Write the tokens' KV into ``caches`` (one a layer) and return their residual stream, (T, hidden)."""
-        hidden = self.embedding(batch.token_ids)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            hidden = layer.attention(hidden, layer.attention_norm, batch, cache)
-            hidden = layer.feed_forward(hidden, layer.feed_forward_norm, batch)
-        return hidden
+        stream = Stream(self.embedding(batch.token_ids))
+        # What follows the last layer takes some rows only: their norm is cheap.
+        following = [layer.attention_norm for layer in self.layers[1:]] + [None]
+        for layer, cache, next_norm in zip(self.layers, caches, following, strict=True):
+            between = layer.feed_forward_norm if layer.feed_forward.takes_handover else None
+            stream = layer.attention(stream, layer.attention_norm, batch, cache, between)
+            stream = layer.feed_forward(stream, layer.feed_forward_norm, batch, next_norm)
+        return stream.hidden
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:

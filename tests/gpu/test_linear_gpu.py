@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engines import kernels
-from engines.kernels import Fusion, RmsNorm
+from engines.kernels import Fusion, RmsNorm, Stream
 from engines.kernels.cuda.tuning import SkinnyConfig, SkinnyShape, config_for, machine_of, ranked
 from tests.linear_cases import EPS, LinearCase
 
@@ -80,6 +80,72 @@ def test_more_tiles_than_run_at_once(config: SkinnyConfig) -> None:
         pytest.skip("needs a Hopper GPU")
     case = LinearCase.draw(4, 70_002, 528, torch.bfloat16, DEVICE, norm=True, gated=True)
     assert case.distance(case.run(config)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_handed_over_norms(config: SkinnyConfig) -> None:
+    """What one layer hands over, and a layer to which it was."""
+    if not runs_here(config):
+        pytest.skip("needs a Hopper GPU")
+    for rows, lines, depth in ((1, 200, 1072), (8, 1544, 2096), (16, 4608, 3584), (32, 2048, 1536)):
+        writer = LinearCase.draw(rows, lines, depth, torch.bfloat16, DEVICE, residual=True)
+        handover = writer.empty_handover(config)
+        hidden = writer.run(config, handover=handover)
+        assert torch.equal(hidden, writer.run(config)), (rows, lines, depth)
+        writer.check_handover(hidden, handover)
+        squares = handover.squares.clone()
+        for _ in range(3):
+            writer.run(config, handover=handover)
+            assert torch.equal(handover.squares, squares), "differs from run to run"
+        for gated in (False, True):
+            reader = LinearCase.draw(rows, lines, depth, torch.bfloat16, DEVICE, norm=True, bias=True, gated=gated)
+            for parts in (1, depth // 64, depth // 16):
+                assert reader.distance(reader.run(config, parts=parts)) < TOLERANCE[torch.bfloat16], parts
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 32, 64, 128, 200])
+def test_a_stream_in_a_graph(rows: int) -> None:
+    """Blocks of two layers as models have them: each norm is handed over or not, as rows and tables say."""
+    width, inner, blocks = 1536, 2048, 8
+    gains = [torch.randn(width).to(DEVICE, torch.bfloat16) for _ in range(blocks)]
+    norms = [RmsNorm(gain, EPS) for gain in gains]
+    wide = [(torch.randn(2 * inner, width) / width**0.5).to(DEVICE, torch.bfloat16) for _ in range(blocks)]
+    narrow = [(torch.randn(width, inner) / inner**0.5).to(DEVICE, torch.bfloat16) for _ in range(blocks)]
+    packed = [(kernels.pack_linear(one), kernels.pack_linear(other)) for one, other in zip(wide, narrow, strict=True)]
+    x = torch.randn(rows, width).to(DEVICE, torch.bfloat16)
+    handed: list[bool] = []
+
+    def forward() -> torch.Tensor:
+        stream = Stream(x.clone())
+        for index, (norm, (gate_up, down)) in enumerate(zip(norms, packed, strict=True)):
+            gated = kernels.linear(stream, gate_up, None, Fusion(norm=norm, gated=True))
+            next_norm = norms[index + 1] if index + 1 < blocks else None
+            stream = kernels.add_linear(gated, down, None, stream, next_norm)
+            handed.append(stream.handover is not None)
+        return stream.hidden
+
+    forward()
+    assert not handed[-1]
+    if config_for(SkinnyShape(width, inner, False, False), min(rows, 128), machine_of(0)) is None or rows > 128:
+        assert not any(handed)
+    elif rows <= 8:
+        assert all(handed[:-1])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = forward()
+    for _ in range(5):
+        x.copy_(torch.randn(rows, width))
+        graph.replay()
+        first = result.clone()
+        graph.replay()
+        assert torch.equal(result, first), "differs from run to run"
+        expected = x.double()
+        for gain, gate_up, down in zip(gains, wide, narrow, strict=True):
+            normed = expected * torch.rsqrt(expected.square().mean(-1, keepdim=True) + EPS) * gain.double()
+            gate, up = (normed @ gate_up.double().t()).chunk(2, -1)
+            expected = expected + (torch.nn.functional.silu(gate) * up) @ down.double().t()
+        assert float((result.double() - expected).norm() / expected.norm()) < 2e-2
 
 
 def test_float32_results_are_not_rounded() -> None:

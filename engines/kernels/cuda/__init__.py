@@ -71,6 +71,7 @@ class TritonKernels:
         self.gumbel_noise = sampling.gumbel_noise
         self.reserve_skinny = skinny.reserve
         self.skinny_config = skinny.skinny_config
+        self.handed_tiles = skinny.handed_tiles
         self.skinny_linear = skinny.skinny_linear
 
 

@@ -1,8 +1,7 @@
 """The experts of a step of one token: two launches that know its experts without any search.
 
-The second has all of the token's experts in each program, one a warp, and so the weighted sum and the stream in it.
-The bytes between the two kernels are asked for by the first: while it ends and the second begins, memory would have
-nothing to do.
+The second has all of the token's experts in each program, one a warp, and so the weighted sum and the stream in it. It
+asks for its first weights before its input is there.
 """
 
 from __future__ import annotations
@@ -22,10 +21,6 @@ from engines.kernels.cuda.routing import Routed
 if TYPE_CHECKING:
     from engines.kernels.experts import Stacks
 
-LINES = 128
-"""Threads of the first kernel's program, each of which may ask for the beginning of one of down's lines."""
-FOLLOWING = 0
-"""Bytes of each of down's lines that the first kernel asks for when it ends."""
 AHEAD = 1024
 """Bytes of its lines that a program of the second asks for before its input is there."""
 
@@ -47,7 +42,6 @@ def _prefetch_lines(start, wanted, BYTES: tl.constexpr):
 def _gate_up_one_kernel(
     x,
     stack,
-    down,
     experts,
     output,
     WIDTH: tl.constexpr,
@@ -58,8 +52,6 @@ def _gate_up_one_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
-    LINES: tl.constexpr,
-    FOLLOWING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Grid (C * parts of INNER,). (C, INNER) ``silu(gate) * up``, shared experts first: their weights were asked for
@@ -96,13 +88,6 @@ def _gate_up_one_kernel(
             a = tl.load(source + k, mask=first & inside, other=0.0)
         gates = tl.dot(a, tl.trans(g), gates)
         ups = tl.dot(a, tl.trans(u), ups)
-    if FOLLOWING > 0:
-        # The programs of an expert share its lines out.
-        share: tl.constexpr = (WIDTH + parts - 1) // parts
-        thread = tl.arange(0, LINES)
-        line = part * share + thread
-        lines = down + (chosen.to(tl.int64) * WIDTH + tl.minimum(line, WIDTH - 1)) * INNER
-        _prefetch_lines(lines, (thread < share) & (line < WIDTH), FOLLOWING)
     result = gates / (1.0 + tl.exp(-gates)) * ups
     target = output + place * INNER + row * 0 + column[None, :]
     tl.store(target, result.to(output.dtype.element_ty), mask=first & (column < INNER)[None, :])
@@ -182,17 +167,15 @@ def one_token(hidden: torch.Tensor, routed: Routed, stacks: Stacks, tiles: Tiles
     output = torch.empty_like(routed.normed)
     parts = triton.cdiv(inner, wide.columns)
     # What is asked for begins and ends at multiples of 16 bytes.
-    asks = early and inner % 8 == 0
-    following = min(FOLLOWING, 2 * inner) if asks and triton.cdiv(width, parts) <= LINES else 0
-    ahead = min(AHEAD, 2 * inner) if asks else 0
+    ahead = min(AHEAD, 2 * inner) if early and inner % 8 == 0 else 0
     _gate_up_one(
         (columns * parts, 1, 1),
-        (routed.normed, stacks.gate_up, stacks.down, routed.experts, gated),
+        (routed.normed, stacks.gate_up, routed.experts, gated),
         fixed=(),
         free=(),
         constants=(
             *(width, inner, number, stacks.shared, columns),
-            *(wide.columns, wide.depth, wide.stages, LINES, following, early),
+            *(wide.columns, wide.depth, wide.stages, early),
         ),
         warps=wide.warps,
         stages=wide.stages,

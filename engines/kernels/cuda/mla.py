@@ -35,7 +35,7 @@ VALUES = 32
 """Of a head in one program then."""
 TILE_VALUES, EXPAND_WARPS = 64, 8
 """Of more tokens, 16 at a time."""
-FEWEST_SPLITS = 8
+FEWEST_SPLITS = 16
 
 _prepare = Launcher(prepare_kernel)
 _attend = Launcher(attend_kernel)

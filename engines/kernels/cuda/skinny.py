@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +12,7 @@ from engines.kernels.cuda.device import machine_at
 from engines.kernels.cuda.launch import Launcher, Specialisation
 from engines.kernels.cuda.skinny_kernel import skinny_kernel
 from engines.kernels.cuda.tuning import (
+    MOST_SQUARES,
     MOST_TILES,
     PARTIAL_FLOATS,
     WEIGHT_ALIGNMENT,
@@ -20,12 +23,27 @@ from engines.kernels.cuda.tuning import (
     block_rows,
     ceil_div,
     config_for,
+    next_power_of_two,
     prefer_table,
     resident_programs,
     steps_of_split,
 )
 
+if TYPE_CHECKING:
+    from engines.kernels.linear import Handover
+
 _launch = Launcher(skinny_kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What stands around a product, beside what its shape says."""
+
+    bias: bool = False
+    residual: bool = False
+    handed: int = 0
+    """Sums of squares of each row that were handed over with x."""
+    hands_over: bool = False
 
 
 @functools.cache
@@ -66,7 +84,7 @@ def choose_from(table: Table | None) -> None:
 
 @functools.cache
 def _constants(
-    shape: SkinnyShape, rows: int, config: SkinnyConfig, bias: bool, residual: bool, machine: Machine | None
+    shape: SkinnyShape, rows: int, config: SkinnyConfig, fused: Fused, machine: Machine | None
 ) -> tuple[int | bool, ...]:
     """The kernel's compile-time arguments, in order; ``machine`` None where it is interpreted."""
     block_m, depth = block_rows(rows), shape.depth
@@ -89,11 +107,20 @@ def _constants(
         config.warps,
         config.early,
         shape.norm,
-        bias,
+        fused.bias,
         shape.gated,
-        residual,
+        fused.residual,
         depth % config.block_k == 0,
+        fused.handed,
+        next_power_of_two(fused.handed),
+        fused.hands_over,
     )
+
+
+def handed_tiles(rows: int, lines: int, config: SkinnyConfig) -> int:
+    """Sums of squares of each row that a layer hands over; 0 where the layer that reads them could not hold them."""
+    tiles = ceil_div(lines, config.block_n)
+    return tiles if block_rows(rows) * next_power_of_two(tiles) <= MOST_SQUARES else 0
 
 
 def skinny_linear(
@@ -106,15 +133,21 @@ def skinny_linear(
     residual: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     into: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
+    handover: Handover | None = None,
 ) -> torch.Tensor:
     """(T, in) and contiguous (out, in) of one 16-bit type -> (T, out), or (T, out / 2) where gated.
 
     ``norm`` is an RMS norm's gain and epsilon; ``dtype`` the result's, x's if None; ``into`` contiguous memory for it.
     ``in`` is a multiple of 16.
+    ``squares``, contiguous (T, parts) float32: x has been multiplied by the norm's gain, and these sum to the squares
+    of what it was before. ``handover`` is filled for the layer that reads the result; it has ``handed_tiles`` parts.
     """
     rows, depth = x.shape
     lines = weight.shape[0]
-    shape = SkinnyShape(lines, depth, gated, norm is not None)
+    shape = SkinnyShape(lines, depth, gated, norm is not None and squares is None)
+    handed = 0 if squares is None else squares.shape[1]
+    fused = Fused(bias is not None, residual is not None, handed, handover is not None)
     machine = machine_at(x.device)
     output = x.new_empty(rows, lines // 2 if gated else lines, dtype=dtype) if into is None else into
     gain, eps = (x, 0.0) if norm is None else norm
@@ -128,10 +161,12 @@ def skinny_linear(
             x if residual is None else residual,
             output,
             *_scratch(x.device),
+            x if squares is None else squares,
+            *((x, x, x) if handover is None else (handover.norm.weight, handover.scaled, handover.squares)),
         ),
         fixed=(lines, depth, x.stride(0), 0 if residual is None else residual.stride(0)),
         free=(rows, eps),
-        constants=_constants(shape, rows, config, bias is not None, residual is not None, machine),
+        constants=_constants(shape, rows, config, fused, machine),
         warps=config.warps,
         stages=config.stages,
         early=config.early,
@@ -144,20 +179,21 @@ def compile_skinny(
     rows: int,
     config: SkinnyConfig,
     machine: Machine,
-    bias: bool,
-    residual: bool,
+    fused: Fused,
     dtype: torch.dtype,
     output_dtype: torch.dtype,
 ) -> None:
     """Put into the cache on disk what ``skinny_linear`` runs on contiguous tensors; needs no GPU of its own."""
     width = shape.lines // 2 if shape.gated else shape.lines
-    types = (dtype, dtype, dtype, dtype, dtype, output_dtype, torch.float32, torch.int32)
+    sums = torch.float32
+    handovers = (sums if fused.handed else dtype, dtype, dtype, sums if fused.hands_over else dtype)
+    types = (dtype, dtype, dtype, dtype, dtype, output_dtype, sums, torch.int32, *handovers)
     Specialisation(
         _launch,
         tuple((each, True) for each in types),
-        fixed=(shape.lines, shape.depth, shape.depth, width if residual else 0),
+        fixed=(shape.lines, shape.depth, shape.depth, width if fused.residual else 0),
         free=(rows, 0.0),
-        constants=_constants(shape, rows, config, bias, residual, machine),
+        constants=_constants(shape, rows, config, fused, machine),
         warps=config.warps,
         stages=config.stages,
         early=config.early,

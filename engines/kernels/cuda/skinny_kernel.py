@@ -4,6 +4,10 @@ Such a layer is bound by the bytes of its weight. All programs are resident at o
 weights on the way, so that the memory is busy from the first to the last moment. Where few programs fill the machine,
 several share a tile along the depth (split-K); the last of them to arrive sums what all of them have written, in a
 fixed order, so that no second launch is needed and results do not change from run to run.
+
+A norm inside costs: each program squares and multiplies all of x. So the kernel that writes the residual stream can
+hand the next layer's norm over: the stream times the gain, and the sum of squares of each row's part in each tile. What
+is left to the layer that reads it is one scale a row, after its product.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
+from engines.kernels.cuda.skinny_product import narrow_product, prefetch, wide_product
+
 
 @triton.jit
 def _line(tile, place, lines, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
@@ -19,122 +25,6 @@ def _line(tile, place, lines, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
     line = tile * BLOCK_N + place
     half = lines // 2
     return tl.minimum(line // 2, half - 1) + (line % 2) * half if GATED else tl.minimum(line, lines - 1)
-
-
-@triton.jit
-def _prefetch(start, BYTES: tl.constexpr):
-    """Ask the L2 cache for ``BYTES`` at each different ``start`` of a warp: that takes one instruction for each."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,n",
-        [start.to(tl.int64), BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _product(
-    x,
-    weight_lines,
-    gain,
-    row_starts,
-    valid,
-    prefetched,
-    start,
-    end,
-    depth,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,
-    STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    NORM: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """(BLOCK_M, BLOCK_N) products over ``start .. end`` of the depth and each row's sum of squares, float32.
-
-    The weight is the left operand, whose tiles are 16 lines; of the right one's, 8 rows are enough. The block of the
-    depth is cut into ``PARTS``, one a warp: a chain of small matrix instructions would otherwise take longer than the
-    bytes.
-    """
-    piece: tl.constexpr = BLOCK_K // PARTS
-    place = (tl.arange(0, PARTS) * piece)[:, None, None] + tl.arange(0, piece)[None, None, :]
-    weight_at = weight_lines[None, :, None] + place
-    x_at = x + row_starts[None, :, None] + place
-    valid_rows = valid[None, :, None]
-    sums = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
-    squares = tl.zeros((PARTS, BLOCK_M, piece), tl.float32)
-    for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
-        if AHEAD > 0:
-            _prefetch(prefetched + tl.minimum(k + AHEAD, end - BLOCK_K), 2 * BLOCK_K)
-        if EVEN:
-            block = tl.load(weight_at + k)
-            values = tl.load(x_at + k, mask=valid_rows, other=0.0)
-        else:
-            inside = place + k < depth
-            block = tl.load(weight_at + k, mask=inside, other=0.0)
-            values = tl.load(x_at + k, mask=valid_rows & inside, other=0.0)
-        if NORM:
-            if EVEN:
-                gains = tl.load(gain + place + k).to(tl.float32)
-            else:
-                gains = tl.load(gain + place + k, mask=inside, other=0.0).to(tl.float32)
-            wide = values.to(tl.float32)
-            squares += wide * wide
-            values = (wide * gains).to(block.dtype)
-        sums = tl.dot(block, tl.permute(values, (0, 2, 1)), sums)
-    return tl.trans(tl.sum(sums, 0)), tl.sum(tl.sum(squares, 2), 0)
-
-
-@triton.jit
-def _wide_product(
-    x,
-    weight_lines,
-    gain,
-    row_starts,
-    valid,
-    prefetched,
-    start,
-    end,
-    depth,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    NORM: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """As ``_product``, uncut, for BLOCK_N >= 64: Hopper's wide matrix instructions read both operands from shared
-    memory."""
-    place = tl.arange(0, BLOCK_K)
-    weight_at = weight_lines[:, None] + place[None, :]
-    x_at = x + row_starts[:, None] + place[None, :]
-    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
-        if AHEAD > 0:
-            _prefetch(prefetched + tl.minimum(k + AHEAD, end - BLOCK_K), 2 * BLOCK_K)
-        if EVEN:
-            block = tl.load(weight_at + k)
-            values = tl.load(x_at + k, mask=valid[:, None], other=0.0)
-        else:
-            inside = (place + k < depth)[None, :]
-            block = tl.load(weight_at + k, mask=inside, other=0.0)
-            values = tl.load(x_at + k, mask=valid[:, None] & inside, other=0.0)
-        if NORM:
-            if EVEN:
-                gains = tl.load(gain + place + k).to(tl.float32)
-            else:
-                gains = tl.load(gain + place + k, mask=place + k < depth, other=0.0).to(tl.float32)
-            wide = values.to(tl.float32)
-            squares += wide * wide
-            values = (wide * gains[None, :]).to(block.dtype)
-        sums = tl.dot(block, tl.trans(values), sums)
-    return tl.trans(sums), tl.sum(squares, 1)
 
 
 @triton.jit
@@ -177,9 +67,21 @@ def _sum_splits(
 
 
 @triton.jit
+def _load_handed(squares, row, valid, HANDED: tl.constexpr, HANDED_BLOCK: tl.constexpr):
+    """(rows, HANDED_BLOCK) sums of squares, zeros behind HANDED."""
+    sums = 0.0
+    if HANDED > 0:
+        part = tl.arange(0, HANDED_BLOCK)
+        mask = valid[:, None] & (part < HANDED)[None, :]
+        sums = tl.load(squares + (row * HANDED)[:, None] + part[None, :], mask=mask, other=0.0)
+    return sums
+
+
+@triton.jit
 def _finish(
     sums,
     squares,
+    handed,
     shifts,
     added,
     place,
@@ -189,11 +91,15 @@ def _finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NORM: tl.constexpr,
+    HANDED: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """What follows the product: the norm's scale, bias, gating, residual, the one rounding, the store."""
+    """What follows the product: the norm's scale, bias, gating, residual, the one rounding, the store; returns what
+    was stored."""
+    if HANDED > 0:
+        sums *= tl.rsqrt(tl.sum(handed, 1) / depth + eps)[:, None]
     if NORM:
         sums *= tl.rsqrt(squares / depth + eps)[:, None]
     if BIAS:
@@ -205,7 +111,18 @@ def _finish(
         result = sums
     if RESIDUAL:
         result += added.to(tl.float32)
-    tl.store(place, result.to(place.dtype.element_ty), mask=mask)
+    rounded = result.to(place.dtype.element_ty)
+    tl.store(place, rounded, mask=mask)
+    return rounded
+
+
+@triton.jit
+def _hand_over(hidden, gains, scaled_place, squares_place, mask, valid):
+    """What the norm of the layer that reads ``hidden`` next needs of this tile."""
+    wide = hidden.to(tl.float32)
+    scaled = wide * gains.to(tl.float32)[None, :]
+    tl.store(scaled_place, scaled.to(scaled_place.dtype.element_ty), mask=mask)
+    tl.store(squares_place, tl.sum(tl.where(mask, wide * wide, 0.0), 1), mask=valid)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -218,6 +135,10 @@ def skinny_kernel(
     output,
     partials,
     counters,
+    handed_squares,
+    next_gain,
+    next_scaled,
+    next_squares,
     lines,
     depth,
     x_stride,
@@ -240,12 +161,18 @@ def skinny_kernel(
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr,
+    HANDED: tl.constexpr,
+    HANDED_BLOCK: tl.constexpr,
+    NEXT: tl.constexpr,
 ):
     """Grid (tiles of BLOCK_N weight lines, SPLITS). x is (rows, depth), weight (lines, depth), output contiguous.
 
     GATED: a tile has the gate's line and the up's line of a column side by side. PREFETCH: bytes of each line that the
     L2 cache is asked for before x is there; then it is asked for what lies AHEAD values further, and at the end
-    for the beginning of the tile that is FOLLOWING tiles further. PARTS 0: ``_wide_product``.
+    for the beginning of the tile that is FOLLOWING tiles further. PARTS 0: ``wide_product``.
+
+    HANDED: x was handed over, with (rows, HANDED) ``handed_squares``; HANDED_BLOCK is the power of two that holds them.
+    NEXT: hand over, ``next_scaled`` laid out as the output and (rows, tiles) ``next_squares``, float32.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     if EARLY:
@@ -255,29 +182,31 @@ def skinny_kernel(
     start = split * chunk
     end = tl.minimum(start + chunk, depth)
     weight_lines = weight + line.to(tl.int64) * depth
-    prefetched, place = weight, 0
+    prefetched, lane = weight, 0
     if PREFETCH > 0:
         # The warps share the lines out.
         thread, each = tl.arange(0, 32 * WARPS), BLOCK_N // WARPS
-        place = thread // 32 * each + thread % each
-        prefetched = weight + _line(tile, place, lines, BLOCK_N, GATED).to(tl.int64) * depth
-        _prefetch(prefetched + start, PREFETCH)
-    if EARLY:
-        tl_cuda.gdc_wait()
-
+        lane = thread // 32 * each + thread % each
+        prefetched = weight + _line(tile, lane, lines, BLOCK_N, GATED).to(tl.int64) * depth
+        prefetch(prefetched + start, PREFETCH)
     row = tl.arange(0, BLOCK_M)
     valid = row < rows
     width: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     columns = lines // 2 if GATED else lines
     column = tile * width + tl.arange(0, width)
     mask = valid[:, None] & (column < columns)[None, :]
-    # Asked for before the product, so that nobody waits for them after it.
+    # Asked for before the product, so that nobody waits for them after it; no kernel writes these two.
     shifts = tl.load(bias + line) if BIAS else 0.0
+    gains = tl.load(next_gain + column, mask=column < columns, other=0.0) if NEXT else 0.0
+    if EARLY:
+        tl_cuda.gdc_wait()
+
     added = 0.0
     if RESIDUAL:
         added = tl.load(residual + (row * residual_stride)[:, None] + column[None, :], mask=mask, other=0.0)
+    handed = _load_handed(handed_squares, row, valid, HANDED, HANDED_BLOCK)
     if PARTS == 0:
-        sums, squares = _wide_product(
+        sums, squares = wide_product(
             x,
             weight_lines,
             gain,
@@ -296,7 +225,7 @@ def skinny_kernel(
             EVEN,
         )
     else:
-        sums, squares = _product(
+        sums, squares = narrow_product(
             x,
             weight_lines,
             gain,
@@ -318,12 +247,32 @@ def skinny_kernel(
     if FOLLOWING > 0:
         # While this program ends and that tile's starts in its place, memory would have nothing to do.
         following = tl.minimum(tile + FOLLOWING, tl.num_programs(0) - 1)
-        _prefetch(weight + _line(following, place, lines, BLOCK_N, GATED).to(tl.int64) * depth, PREFETCH)
+        prefetch(weight + _line(following, lane, lines, BLOCK_N, GATED).to(tl.int64) * depth, PREFETCH)
     last = True
     if SPLITS > 1:
         sums, squares, last = _sum_splits(
             sums, squares, partials, counters, tile, split, BLOCK_M, BLOCK_N, SPLITS, NORM
         )
     if last:
-        target = output + (row * columns)[:, None] + column[None, :]
-        _finish(sums, squares, shifts, added, target, mask, depth, eps, BLOCK_M, BLOCK_N, NORM, BIAS, GATED, RESIDUAL)
+        place = (row * columns)[:, None] + column[None, :]
+        hidden = _finish(
+            sums,
+            squares,
+            handed,
+            shifts,
+            added,
+            output + place,
+            mask,
+            depth,
+            eps,
+            BLOCK_M,
+            BLOCK_N,
+            NORM,
+            HANDED,
+            BIAS,
+            GATED,
+            RESIDUAL,
+        )
+        if NEXT:
+            squares_place = next_squares + row * tl.num_programs(0) + tile
+            _hand_over(hidden, gains, next_scaled + place, squares_place, mask, valid)

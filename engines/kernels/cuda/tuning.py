@@ -56,6 +56,8 @@ PARTIAL_FLOATS = 1 << 21
 """Of scratch for partial sums."""
 MOST_TILES = 4096
 """That split programs can count."""
+MOST_SQUARES = 4096
+"""Sums of squares, of all rows, that each program holds in registers while it computes its product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class SkinnyShape:
     """Input features."""
     gated: bool
     norm: bool
+    """Inside; not one that was handed over or ran before."""
 
     def key(self) -> str:
         """In tables."""
@@ -120,9 +123,14 @@ def machine_of(device: int) -> Machine:
     )
 
 
+def next_power_of_two(count: int) -> int:
+    """The smallest that is not below ``count``."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 def block_rows(rows: int) -> int:
     """Rows of the tile that holds ``rows``."""
-    return max(8, 1 << (rows - 1).bit_length())
+    return max(8, next_power_of_two(rows))
 
 
 def shared_bytes(config: SkinnyConfig, block_m: int) -> int:

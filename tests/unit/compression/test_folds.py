@@ -11,6 +11,7 @@ from compression.calibrated_layer import LayerWeights, build_calibrated
 from compression.folds import apply_fold, attention_folds, feed_forward_folds
 from compression.layerwise import make_window
 from compression.plan import layer_index, linear_layers
+from engines.kernels import Stream
 from engines.manifest import read_manifest
 from engines.models.rope import cos_sin_table
 from tests.unit.models.checkpoints import FAMILIES, write_checkpoint
@@ -34,8 +35,8 @@ def test_folding_scales_changes_no_output(tmp_path: Path, family: str, index: in
 
     def output() -> torch.Tensor:
         layer = build_calibrated(base.config, index, weights, table, CPU).layer
-        after = layer.attention(hidden, layer.attention_norm, window.batch, window.cache)
-        return layer.feed_forward(after, layer.feed_forward_norm, window.batch)
+        after = layer.attention(Stream(hidden), layer.attention_norm, window.batch, window.cache)
+        return layer.feed_forward(after, layer.feed_forward_norm, window.batch).hidden
 
     expected = output()
     folds = attention_folds(base.config, index) + feed_forward_folds(base.config, index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,9 +11,11 @@ from tests.triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
-from engines.kernels.cuda import skinny
-from engines.kernels.cuda.tuning import SkinnyConfig
-from tests.linear_cases import LinearCase
+from engines.kernels import Fusion, PackedLinear, RmsNorm, Stream, add_linear, backends, linear
+from engines.kernels.cuda import TritonKernels, skinny
+from engines.kernels.cuda.tuning import MOST_SQUARES, SkinnyConfig
+from engines.kernels.linear import NORM_APART_ROWS
+from tests.linear_cases import EPS, LinearCase
 
 NARROW = SkinnyConfig(block_n=16, block_k=128, parts=4, splits=1, warps=4, stages=3, prefetch=0, early=False)
 SPLIT = SkinnyConfig(block_n=32, block_k=128, parts=4, splits=3, warps=4, stages=3, prefetch=0, early=False)
@@ -49,6 +53,68 @@ def test_the_result_can_be_wider_than_the_input() -> None:
 def test_a_split_without_a_whole_block_of_its_own() -> None:
     case = LinearCase.draw(2, 32, 336, torch.bfloat16, DEVICE, norm=True)
     assert case.distance(case.run(SPLIT)) < TOLERANCE
+
+
+@pytest.mark.parametrize("config", [NARROW, SPLIT, WIDE, WIDE_SPLIT])
+@pytest.mark.parametrize(("rows", "parts"), [(3, 1), (9, 12), (20, 33)])
+def test_a_norm_that_was_handed_over(config: SkinnyConfig, rows: int, parts: int) -> None:
+    case = LinearCase.draw(rows, 72, 400, torch.bfloat16, DEVICE, norm=True, bias=True, gated=True)
+    assert case.distance(case.run(config, parts=parts)) < TOLERANCE
+
+
+@pytest.mark.parametrize("config", [NARROW, SPLIT, WIDE, WIDE_SPLIT])
+@pytest.mark.parametrize("rows", [2, 17])
+def test_a_norm_is_handed_over(config: SkinnyConfig, rows: int) -> None:
+    """The last tile is not full, which no sum may show."""
+    case = LinearCase.draw(rows, 104, 272, torch.bfloat16, DEVICE, residual=True)
+    handover = case.empty_handover(config)
+    hidden = case.run(config, handover=handover)
+    assert torch.equal(hidden, case.run(config))
+    case.check_handover(hidden, handover)
+
+
+@pytest.mark.parametrize("rows", [3, NORM_APART_ROWS])
+@pytest.mark.parametrize("depth", [64, 4096])
+def test_a_layer_uses_what_the_one_before_handed_over(rows: int, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else, where there would be too many sums, the stream."""
+    kernels = TritonKernels()
+    norms: list[bool] = []
+
+    def config_for_all(
+        rows: int, lines: int, depth: int, gated: bool, norm: bool, device: torch.device
+    ) -> SkinnyConfig:
+        norms.append(norm)
+        return NARROW
+
+    monkeypatch.setattr(kernels, "skinny_config", config_for_all)
+    monkeypatch.setattr(backends, "triton_for", lambda *tensors: kernels)
+    producer = LinearCase.draw(rows, depth, 32, torch.bfloat16, DEVICE)
+    consumer = LinearCase.draw(rows, 48, depth, torch.bfloat16, DEVICE, norm=True, gated=True)
+    assert consumer.gain is not None
+    norm = RmsNorm(consumer.gain, EPS)
+    before = Stream(torch.randn(rows, depth).to(DEVICE, torch.bfloat16))
+    stream = add_linear(producer.x, turned(producer.weight), None, before, norm)
+    assert torch.equal(stream.hidden, add_linear(producer.x, turned(producer.weight), None, before).hidden)
+    fits = max(rows, 8) * depth // NARROW.block_n <= MOST_SQUARES
+    assert (stream.handover is not None) is fits
+    fusion = Fusion(norm=norm, gated=True)
+    norms.clear()
+    result = linear(stream, turned(consumer.weight), None, fusion)
+    assert norms == [not fits and rows < NORM_APART_ROWS], "where the norm is computed"
+    consumer.x.copy_(stream.hidden)
+    assert consumer.distance(result) < TOLERANCE
+    # A stream handed over for another norm is normed as a plain one.
+    torch.testing.assert_close(
+        linear(stream, turned(consumer.weight), None, replace(fusion, norm=replace(norm, eps=0.5))),
+        linear(stream.hidden, turned(consumer.weight), None, replace(fusion, norm=replace(norm, eps=0.5))),
+        rtol=0.0,
+        atol=0.0,
+    )
+
+
+def turned(weight: torch.Tensor) -> PackedLinear:
+    """As ``pack_linear`` has it on a GPU."""
+    return PackedLinear(weight.t(), "turned", *weight.shape)
 
 
 def test_float16() -> None:

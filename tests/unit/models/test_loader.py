@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engines.kernels import Stream
 from engines.manifest import read_manifest
 from engines.models.config import parse_config
 from engines.models.loader import build_model, load_model
@@ -151,8 +152,9 @@ def test_ranks_add_up(config: dict[str, Any], tmp_path: Path) -> None:
         rows = PagedRows(model, 1, 8)
         batch = rows.batch({0: PROMPT})
         layer = model.layers[0]
-        attended.append(layer.attention(x, layer.attention_norm, batch, rows.caches[0]) - x)
-        mixed.append(layer.feed_forward(x, layer.feed_forward_norm, batch) - x)
+        stream = Stream(x)
+        attended.append(layer.attention(stream, layer.attention_norm, batch, rows.caches[0]).hidden - x)
+        mixed.append(layer.feed_forward(stream, layer.feed_forward_norm, batch).hidden - x)
     for whole, first, second in (attended, mixed):
         torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-5)
 
