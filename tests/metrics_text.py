@@ -27,7 +27,7 @@ def value(page: str, name: str, **labels: str) -> float:
     return sum(values)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Raises AssertionError where it does not come true in time."""
     deadline = time.monotonic() + seconds
     while not condition():

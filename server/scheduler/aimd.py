@@ -6,6 +6,8 @@ is why it halves only while the queue is short.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from server.scheduler.items import SequenceState
 
 HIGH = 1.2
@@ -15,6 +17,10 @@ INTERVAL = 0.5
 """Seconds between two changes."""
 LEAST = 32
 """Tokens."""
+
+
+Change = Literal["", "halved", "doubled", "held at its least", "held at its most"]
+"""What became of a step's size."""
 
 
 class AimdBudget:
@@ -38,16 +44,22 @@ class AimdBudget:
         """Latency over target of one answer."""
         self._ratios.append(ratio)
 
-    def adapt(self, now: float, waiting: int, running: int) -> None:
+    def adapt(self, now: float, waiting: int, running: int) -> Change:
         """A queue is short where fewer wait than run."""
         if self._changed_at is not None and 0 <= now - self._changed_at < INTERVAL:
-            return
+            return ""
         self._changed_at = now
         if not self._ratios:
-            return
+            return ""
         ratio = sum(self._ratios) / len(self._ratios)
         self._ratios.clear()
         if ratio > HIGH and waiting <= running:
-            self.tokens = max(self._least, self.tokens // 2)
-        elif ratio < LOW and waiting > running:
-            self.tokens = min(self._most, self.tokens * 2)
+            return self._resize(max(self._least, self.tokens // 2), "halved", "held at its least")
+        if ratio < LOW and waiting > running:
+            return self._resize(min(self._most, self.tokens * 2), "doubled", "held at its most")
+        return ""
+
+    def _resize(self, tokens: int, changed: Change, held: Change) -> Change:
+        moves = tokens != self.tokens
+        self.tokens = tokens
+        return changed if moves else held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from server.scheduler.items import StepWork
 from server.scheduler.step_time import StepTimeModel, add_row
@@ -16,6 +17,9 @@ COLD_CHUNK = 256
 TRUST = 4
 """A prediction is trusted for steps up to so many times the largest that was seen."""
 
+Bound = Literal["", "tokens", "trust", "time"]
+"""What keeps prompt tokens out of a step: its size, predictions that reach no further, what it may take."""
+
 
 class StepBudget:
     """Tokens and predicted seconds of one step. Decodes are paid for first and are never held back."""
@@ -27,12 +31,16 @@ class StepBudget:
         """
         self.work = work
         self.tokens = tokens
+        self.cut: Bound = ""
+        """Why a row was last granted less than it wanted."""
+        self._size: Bound = "tokens"
         self._seconds = seconds
         self._model = model
         self._floor = min(floor, tokens)
         if seconds < math.inf:
             trusted = TRUST * model.largest if model.warm else 0
             self.tokens = min(tokens, max(COLD_CHUNK, trusted))
+            self._size = "tokens" if self.tokens == tokens else "trust"
             if not model.warm:
                 self._seconds = math.inf
 
@@ -40,6 +48,11 @@ class StepBudget:
     def open(self) -> bool:
         """``take`` would grant something."""
         return self.tokens > 0 and (self._floor > 0 or self._fit(0) > 0)
+
+    @property
+    def closed_by(self) -> Bound:
+        """Why ``take`` would grant nothing."""
+        return "time" if self.tokens else self._size
 
     def limit(self) -> int:
         """Tokens that a new prompt alone could take now."""
@@ -49,7 +62,10 @@ class StepBudget:
         """Grant a row up to ``wanted`` tokens after its first ``start``, at least one while open, and count them."""
         if not self.open:
             return 0
-        count = min(wanted, max(1, self._fit(start)))
+        fit = self._fit(start)
+        count = min(wanted, max(1, fit))
+        if count < wanted:
+            self.cut = "time" if fit < self.tokens else self._size
         self.tokens -= count
         self._floor = max(0, self._floor - count)
         add_row(self.work, start, count)

@@ -51,6 +51,10 @@ class ClassShares:
         """The class waits and had less than its floor."""
         return self._waiting[rank] > 0 and self._served[rank] + QUANTUM < FLOOR * sum(self._served)
 
+    def overtakes(self, rank: int, waited: float) -> bool:
+        """An item that goes next owes it to its age: it waited so many seconds, and one of a higher class waits on."""
+        return any(self._waiting[:rank]) and self.present_rank(rank, waited) < rank
+
     def present_rank(self, rank: int, waited: float) -> int:
         """The rank that counts now for an item of the class that waited so many seconds; -1 goes before all."""
         if not self._law.priorities:

@@ -53,6 +53,21 @@ class _Engine:
     def lane_of(self, item: Item) -> Lane:
         return self.one_shot if item.rows else self.sequences
 
+    def load(self) -> EngineLoad:
+        """Of both lanes together."""
+        load, one_shot = self.sequences.load(), self.one_shot
+        p50, p95 = one_shot.errors.quantiles()
+        return msgspec.structs.replace(
+            load,
+            running=load.running + one_shot.running,
+            waiting=load.waiting + one_shot.waiting,
+            predicted_wait=load.predicted_wait + one_shot.predicted_wait,
+            decisions=Counter(load.decisions) + Counter(one_shot.decisions),
+            integrity_errors=self.integrity_errors,
+            step_error_p50=max(load.step_error_p50, p50),
+            step_error_p95=max(load.step_error_p95, p95),
+        )
+
 
 @dataclass(slots=True)
 class _Ticket:
@@ -101,11 +116,12 @@ class DynamicBatchScheduler:
         if name in self._engines:
             raise ValueError(f"engine {name} is here already")
         step_time = StepTimeModel()
-        step_time.seed(profile)
+        step_time.seed([sample for sample in profile if sample.bucket is None])
         engine = _Engine(
             SequenceLane(name, capacity, fingerprint, self._config, self._law, step_time, Tally()),
             OneShotLane(name, capacity, self._config, self._law),
         )
+        engine.one_shot.seed(profile)
         self._engines[name] = engine
         self._lanes.extend(engine.lanes)
 
@@ -245,17 +261,7 @@ class DynamicBatchScheduler:
 
     def load(self) -> list[EngineLoad]:
         """Gauges of each engine."""
-        return [
-            msgspec.structs.replace(
-                sequences := engine.sequences.load(),
-                running=sequences.running + engine.one_shot.running,
-                waiting=sequences.waiting + engine.one_shot.waiting,
-                predicted_wait=sequences.predicted_wait + engine.one_shot.predicted_wait,
-                decisions=Counter(sequences.decisions) + Counter(engine.one_shot.decisions),
-                integrity_errors=engine.integrity_errors,
-            )
-            for engine in self._engines.values()
-        ]
+        return [engine.load() for engine in self._engines.values()]
 
     def integrity(self) -> list[str]:
         """Recount all that is counted; one text for each contradiction, none when all is well. Takes milliseconds."""

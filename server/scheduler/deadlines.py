@@ -11,7 +11,7 @@ that is ahead has slack, which a step may use.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from server.scheduler.config import SchedulerConfig
 from server.worker.wire import Item
@@ -54,19 +54,18 @@ class Aim:
     timeout: float = math.inf
     """From arrival, after which the client no longer waits for the first token."""
 
-    @property
-    def pace(self) -> float:
-        return self.tpot * STRICT
+    pace: float = field(init=False)
+    """Seconds between two tokens that are aimed at."""
+    step: float = field(init=False)
+    """Seconds of a step at which the pace is safe: where nobody asked for it, what is lost may be made up for."""
+    lag: float = field(init=False)
+    """Seconds that its tokens may be late."""
 
-    @property
-    def step(self) -> float:
-        """Seconds of a step at which the pace is safe: where nobody asked for it, what is lost may be made up for."""
-        return self.tpot if self.asked_tpot else self.tpot * STRETCH
-
-    @property
-    def lag(self) -> float:
-        """Seconds that its tokens may be late."""
-        return 0.0 if self.asked_tpot else SOFT_LAG
+    def __post_init__(self) -> None:
+        # Read for every stream in every plan.
+        object.__setattr__(self, "pace", self.tpot * STRICT)
+        object.__setattr__(self, "step", self.tpot if self.asked_tpot else self.tpot * STRETCH)
+        object.__setattr__(self, "lag", 0.0 if self.asked_tpot else SOFT_LAG)
 
 
 def aim_of(item: Item, config: SchedulerConfig) -> Aim:

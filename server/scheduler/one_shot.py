@@ -7,12 +7,14 @@ where they are firm, so that the batch stays as large as it pays (Nexus, SOSP 20
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from engines.protocol import Capacity, OneShotRow, StepPlan, StepResult
+from engines.protocol import Capacity, OneShotRow, StepPlan, StepResult, StepSample
+from server.scheduler.bucket_times import BucketTimes
 from server.scheduler.class_shares import ClassShares
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.deadlines import aim_of
@@ -20,12 +22,13 @@ from server.scheduler.drops import Dropped, overloaded, timed_out
 from server.scheduler.fairness import TenantAccounts
 from server.scheduler.items import RANKS, ItemUpdate, StepWork
 from server.scheduler.law import Law
-from server.scheduler.one_shot_queue import BucketQueue, StepTimes, WaitingBatch
+from server.scheduler.one_shot_queue import BucketQueue, WaitingBatch
 from server.scheduler.prediction_errors import PredictionErrors
 from server.worker.wire import Item
 
 BACKLOG = 2
 """Full batches waiting, above which heads are dropped rather than batches made smaller."""
+log = logging.getLogger(__name__)
 
 
 class OneShotLane:
@@ -34,11 +37,11 @@ class OneShotLane:
     def __init__(self, name: str, capacity: Capacity, config: SchedulerConfig, law: Law) -> None:
         self.name = name
         self.decisions: Counter[str] = Counter()
+        self.errors = PredictionErrors()
         self._capacity = capacity
         self._config = config
         self._law = law
         self._max_rows = min(capacity.max_rows, config.max_batch or capacity.max_rows)
-        self._errors = PredictionErrors()
         self._shares = ClassShares(law)
         self._accounts = TenantAccounts()
         self._expiries: list[tuple[float, int, WaitingBatch]] = []  # a heap; whoever is gone stays until its time
@@ -47,6 +50,7 @@ class OneShotLane:
         self._in_flight: dict[int, float] = {}  # item: seconds that it waited
         self._suspects: list[WaitingBatch] = []
         self._dropped: list[Dropped] = []
+        self._said = False
 
     def __contains__(self, item: int) -> bool:
         return item in self._items
@@ -54,9 +58,14 @@ class OneShotLane:
     def reconfigured(self, config: SchedulerConfig, law: Law) -> OneShotLane:
         """An empty lane to go on in this one's place, with other settings and what this one has learned and counted."""
         lane = OneShotLane(self.name, self._capacity, config, law)
-        lane.decisions, lane._errors = self.decisions, self._errors
+        lane.decisions, lane.errors = self.decisions, self.errors
         lane._queues = {bucket: BucketQueue(law, lane._shares, old.times) for bucket, old in self._queues.items()}
         return lane
+
+    def seed(self, samples: Sequence[StepSample]) -> None:
+        """Start from steps that the engine measured at load."""
+        for bucket in {sample.bucket for sample in samples if sample.bucket is not None}:
+            self._queue_of(bucket).times.seed([sample for sample in samples if sample.bucket == bucket])
 
     @property
     def running(self) -> int:
@@ -94,14 +103,15 @@ class OneShotLane:
             if item.suspect:
                 self._suspects.append(one)
                 continue
-            self._queue_of(item).push(one)
+            self._queue_of(item.bucket).push(one)
             if one.expires < math.inf:
                 heapq.heappush(self._expiries, (one.expires, one.arrival, one))
 
-    def _queue_of(self, item: Item) -> BucketQueue:
-        queue = self._queues.get(item.bucket)
+    def _queue_of(self, bucket: int) -> BucketQueue:
+        queue = self._queues.get(bucket)
         if queue is None:
-            queue = self._queues[item.bucket] = BucketQueue(self._law, self._shares, StepTimes())
+            times = BucketTimes(self._capacity.one_shot_rows, self.errors)
+            queue = self._queues[bucket] = BucketQueue(self._law, self._shares, times)
         return queue
 
     def cancel(self, item: int) -> None:
@@ -116,7 +126,7 @@ class OneShotLane:
         self._accounts.leave(one.account)
         if self._in_flight.pop(item, None) is not None:
             return
-        queue = self._queue_of(one.item)
+        queue = self._queue_of(one.item.bucket)
         if item in queue:
             queue.remove(item)
         else:
@@ -145,21 +155,35 @@ class OneShotLane:
         for queue in self._queues.values():
             if len(queue):
                 batch, bound = self._batch(queue, now, start)
-                if bound or now >= self._ready_at(queue):
+                # A clock that went back must not make anybody wait for it.
+                if bound or now >= self._ready_at(queue) or now < queue.oldest.offered:
                     ready.append((queue.precedence(batch[0], now), queue, batch, bound))
         if not ready:
+            if any(map(len, self._queues.values())):
+                self.decisions["batch waits for company"] += 1
             return None
         _, queue, batch, bound = min(ready, key=lambda one: one[0])
         self.decisions[f"batch bound by {bound or 'what waits'}"] += 1
+        self._take(batch, queue, now)
+        return self._step(step, batch, queue)
+
+    def _take(self, batch: list[WaitingBatch], queue: BucketQueue, now: float) -> None:
         rows = sum(one.item.rows for one in batch)
+        by_rank = []
         for one in batch:
             if one.rank and self._shares.starved(one.rank):
                 self.decisions["admitted by its class's floor"] += 1
+            else:
+                by_rank.append(one)
+            self._tell_unreachable(one, queue)
             queue.remove(one.item.item)
             self._shares.served(one.rank, one.item.rows)
             one.account.charge(queue.times.seconds(rows) * one.item.rows / rows)
             self._in_flight[one.item.item] = now - one.offered
-        return self._step(step, batch, queue)
+        # Only now it is known who of a higher class was left behind.
+        overtook = sum(1 for one in by_rank if self._shares.overtakes(one.rank, now - one.arrived))
+        if overtook:
+            self.decisions["admitted by its age"] += overtook
 
     def plan_alone(self, step: int, now: float, capacity: Capacity) -> tuple[StepPlan, StepWork] | None:
         """A step of the first suspect and of no other item."""
@@ -167,14 +191,14 @@ class OneShotLane:
             return None
         one = self._suspects.pop(0)
         self._in_flight[one.item.item] = now - one.offered
-        return self._step(step, [one], self._queue_of(one.item))
+        return self._step(step, [one], self._queue_of(one.item.bucket))
 
     def _step(self, step: int, batch: list[WaitingBatch], queue: BucketQueue) -> tuple[StepPlan, StepWork]:
         items = (one.item for one in batch)
         rows = tuple(OneShotRow(item=item.item, bucket=item.bucket, rows=item.rows) for item in items)
         total = sum(row.rows for row in rows)
         work = StepWork(rows=total, seconds=queue.times.seconds(total))
-        return StepPlan(step=step, engine=self.name, one_shot=rows), work
+        return StepPlan(step=step, engine=self.name, one_shot=rows, padded_rows=queue.times.padded(total)), work
 
     def settle(self, plan: StepPlan, work: StepWork, result: StepResult, now: float) -> list[ItemUpdate]:
         """Each item of the step ends with its output."""
@@ -184,18 +208,16 @@ class OneShotLane:
             if waited is not None:
                 self._forget(self._items[row.item])
                 updates.append(ItemUpdate(item=row.item, end="stop", queue_seconds=waited, output=given.output))
-        queue = self._queues.get(plan.one_shot[0].bucket)
-        if queue is not None and result.seconds > 0 and not result.irregular:
-            if work.seconds:
-                self._errors.add(work.seconds, result.seconds)
-            queue.times.observe(work.rows, result.seconds)
+        queue = self._queue_of(plan.one_shot[0].bucket)
+        if ignored := result.irregular or queue.times.observe(work.rows, result.seconds):
+            self.decisions[f"step not learned: {ignored}"] += 1
         return updates
 
     # --- deadlines
 
     def _ready_at(self, queue: BucketQueue) -> float:
         """A batch waits for company while nobody has waited too long and the earliest deadline allows it."""
-        slack_ends = queue.earliest_deadline - queue.times.seconds(queue.rows) * self._errors.safety
+        slack_ends = queue.earliest_deadline - queue.times.seconds(queue.rows) * self.errors.safety
         return max(queue.oldest.offered, min(queue.oldest.offered + self._config.max_delay, slack_ends))
 
     def _batch(self, queue: BucketQueue, now: float, start: float) -> tuple[list[WaitingBatch], str]:
@@ -212,7 +234,7 @@ class OneShotLane:
             if more > self._max_rows:
                 return batch, "its size"
             if self._law.budget == "slack":
-                in_time = (one.deadline - start) / self._errors.safety
+                in_time = (one.deadline - start) / self.errors.safety
                 if seconds(one.item.rows) <= in_time:
                     least = min(least, in_time)
                 if batch and seconds(more) > least:
@@ -243,14 +265,33 @@ class OneShotLane:
         if not one.aim.firm or not self._droppable(one):
             return False
         rows = self._max_rows if queue.rows > BACKLOG * self._max_rows else one.item.rows
-        takes = queue.times.seconds(rows) * self._errors.safety
-        alone = queue.times.seconds(one.item.rows) * self._errors.safety
-        return one.deadline < start + takes and alone < one.aim.ttft
+        takes = queue.times.seconds(rows) * self.errors.safety
+        return one.deadline < start + takes and self._alone(one, queue) < one.aim.ttft
+
+    def _alone(self, one: WaitingBatch, queue: BucketQueue) -> float:
+        """Seconds that it takes, almost surely, with nobody else here."""
+        return queue.times.seconds(one.item.rows) * self.errors.safety
+
+    def _tell_unreachable(self, one: WaitingBatch, queue: BucketQueue) -> None:
+        """Of one that is served although it must be late: logged once."""
+        alone = self._alone(one, queue)
+        if not one.aim.asked_ttft or alone < one.aim.ttft:
+            return
+        self.decisions["ttft out of reach"] += 1
+        if not self._said:
+            self._said = True
+            log.warning(
+                "a batch of %d rows alone takes %.3g s here, more than the target of %.3g s: such batches are served "
+                "as fast as it goes",
+                one.item.rows,
+                alone,
+                one.aim.ttft,
+            )
 
     def _droppable(self, one: WaitingBatch) -> bool:
         """All items of its request still wait: they are refused together or not at all."""
         queued = (self._items.get(item) for item in one.request)
-        return all(each is not None and each.item.item in self._queue_of(each.item) for each in queued)
+        return all(each is not None and each.item.item in self._queue_of(each.item.bucket) for each in queued)
 
     def _drop(self, one: WaitingBatch, ending: Callable[[list[int]], Dropped], reason: str) -> None:
         if not self._droppable(one):

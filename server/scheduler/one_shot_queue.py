@@ -1,4 +1,4 @@
-"""Items of one shape bucket that wait for a step, who of them goes next, and how long steps of the bucket take."""
+"""Items of one shape bucket that wait for a step, and who of them goes next."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from server.scheduler.bucket_times import BucketTimes
 from server.scheduler.class_shares import ClassShares
 from server.scheduler.deadlines import Aim
 from server.scheduler.fairness import Account
 from server.scheduler.law import Law
-from server.scheduler.least_squares import LeastSquares
 from server.worker.wire import Item
-
-WARM = 3
-"""Steps of a bucket before a prediction is worth anything."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,34 +50,10 @@ Entry = tuple[float, int, WaitingBatch]
 Precedence = tuple[int, float, float, int]
 
 
-class StepTimes:
-    """A time each step and one each row, learned from settled steps of one bucket."""
-
-    def __init__(self) -> None:
-        self._fit = LeastSquares(2)
-        self._steps = 0
-
-    def observe(self, rows: int, seconds: float) -> None:
-        self._fit.observe((1.0, float(rows)), seconds)
-        self._steps += 1
-
-    def seconds(self, rows: int) -> float:
-        """Predicted time of a step; 0 where too little is known."""
-        if self._steps < WARM:
-            return 0.0
-        each, per_row = self._fit.weights
-        return each + per_row * rows
-
-    @property
-    def per_row(self) -> float:
-        """What one more row costs; 0 where too little is known."""
-        return self._fit.weights[1] if self._steps >= WARM else 0.0
-
-
 class BucketQueue:
     """Inside a class the tenant goes first that was served least, and of its items the earliest deadline."""
 
-    def __init__(self, law: Law, shares: ClassShares, times: StepTimes) -> None:
+    def __init__(self, law: Law, shares: ClassShares, times: BucketTimes) -> None:
         self.times = times
         self.rows = 0
         """Of all items here."""

@@ -102,7 +102,9 @@ class Planner:
         tokens = len(survey.decodes)
         most, seconds, floor = self._max_tokens, math.inf, 0
         if self._law.budget == "aimd":
-            self.aimd.adapt(now, len(self._waiting), len(self._residents))
+            change = self.aimd.adapt(now, len(self._waiting), len(self._residents))
+            if change:
+                self.tally.decisions[f"step {change}"] += 1
             most = max(self.aimd.tokens, tokens)
         elif self._law.budget == "slack":
             outlook = survey.outlook
@@ -137,11 +139,12 @@ class Planner:
         for state in draft.survey.decodes:
             if state.slot < 0:
                 continue
-            missing = self._residents.missing_blocks(state, 1)
-            new_blocks = self._make_room(state, missing) if missing > 0 else ()
-            # None: it keeps what it has, and waits for a senior to end.
+            new_blocks = () if self._residents.has_room(state) else self._make_room(state, 1)
             if new_blocks is not None:
                 self._add_row(draft, state, 1, new_blocks)
+            else:
+                # It keeps what it has, and waits for a senior to end.
+                self.tally.decisions["decode waits for blocks"] += 1
 
     def _make_room(self, state: SequenceState, missing: int) -> tuple[int, ...] | None:
         new_blocks = self._residents.grow(state, missing)
@@ -203,7 +206,10 @@ class Planner:
                 # It has blocks for all of it.
                 self._compute(draft, state, ())
             else:
-                return
+                break
+        put_off = queue or (self._waiting and not closed and not self._residents.full)
+        if bound := draft.budget.closed_by if put_off else draft.budget.cut:
+            self.tally.decisions[f"prompts cut by {bound}"] += 1
 
     def _newcomer(self, now: float) -> SequenceState | None:
         free = self._free_slots(now) if not self._residents.full else None
@@ -222,6 +228,7 @@ class Planner:
         """Give a waiting item a slot, blocks and its first tokens; False where nobody can come in now."""
         # One with a step in flight keeps its place: a later arrival must not take the blocks that it needs.
         if state.tickets:
+            self.tally.decisions["waits for its step in flight"] += 1
             return False
         if self._residents.full:
             self.slots_are_short = True
@@ -234,10 +241,8 @@ class Planner:
         if matched is None:
             self.tally.decisions["waits for blocks"] += 1
             return False
-        if state.rank and self._waiting.starved(state.rank):
-            self.tally.decisions["admitted by its class's floor"] += 1
-        else:
-            self.tally.decisions["admitted"] += 1
+        claim = self._waiting.claim(state, draft.now)
+        self.tally.decisions[f"admitted by {claim}" if claim else "admitted"] += 1
         self._waiting.remove(state)
         self._placed(draft, state, matched)
         self._compute(draft, state, tuple(state.blocks[matched:]))

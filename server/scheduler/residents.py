@@ -138,6 +138,10 @@ class Residents:
         """Blocks that a resident lacks for its next ``count`` tokens; not more than 0 where it has them."""
         return self.blocks_for(state.computed + count) - len(state.blocks)
 
+    def has_room(self, state: SequenceState) -> bool:
+        """A resident needs no further block for its next token."""
+        return state.computed < len(state.blocks) * self._block_size
+
     def grow(self, state: SequenceState, blocks: int) -> tuple[int, ...] | None:
         """Append blank blocks to the item's table; None, and no change, where there are too few."""
         new_blocks = self.pool.reserve((), blocks)

@@ -101,6 +101,7 @@ class SequenceLane:
                     self._waiting.push(state)
         elif siblings and shared_blocks and self._residents.may_match(leader):
             self._waiting.park(leader, siblings, shared_blocks)
+            self._planner.tally.decisions["parked behind a sibling"] += len(siblings)
         else:
             for state in states:
                 self._waiting.push(state)
@@ -191,8 +192,8 @@ class SequenceLane:
                 update = self._settle_row(state, row, given, now)
                 if update is not None:
                     updates.append(update)
-        if not result.irregular:
-            self.step_time.observe(work, result.seconds)
+        if ignored := result.irregular or self.step_time.observe(work, result.seconds):
+            self._planner.tally.decisions[f"step not learned: {ignored}"] += 1
         return updates
 
     def _settle_row(self, state: SequenceState, row: Row, given: RowResult, now: float) -> ItemUpdate | None:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from engines.protocol import StepSample
 from server.scheduler.items import StepWork
 from server.scheduler.least_squares import LeastSquares
+from server.scheduler.outliers import Ignored, Outliers
 from server.scheduler.prediction_errors import PredictionErrors
 
 # Features are scaled so that their coefficients are of one size: seconds for 64 tokens or rows, or a million pairs.
@@ -28,10 +29,6 @@ WARM = 3
 """Observations before a prediction is worth anything ..."""
 SURE = 32
 """... and before anything is refused because of one."""
-ABSURD = 5.0
-PATIENCE = 4
-"""A step this many times off the prediction is ignored (a page fault storm, a suspended machine), but not so many in
-a row: then the machine itself has changed."""
 KEPT = 5
 """Samples kept of each size; sizes are powers of two of tokens."""
 ROUNDS = 3
@@ -66,7 +63,7 @@ class StepTimeModel:
     def __init__(self) -> None:
         self._machine = _Machine()
         self._observations = 0
-        self._rejected = 0
+        self._outliers = Outliers()
         self._largest = 0
         self.errors = PredictionErrors()
         self._kept: dict[int, deque[tuple[StepWork, float]]] = {}
@@ -144,17 +141,24 @@ class StepTimeModel:
         most = 2 * room / divisor if divisor > 0 else math.inf
         return int(min(most, 1 << 30))
 
-    def observe(self, work: StepWork, seconds: float) -> None:
-        """Learn from one settled step. What cannot be a measurement is ignored."""
-        if not (math.isfinite(seconds) and seconds > 0) or self._absurd(work, seconds):
-            return
+    def observe(self, work: StepWork, seconds: float) -> Ignored:
+        """Learn from one settled step, or say why not: what cannot be a measurement is ignored."""
+        expected = self.predict(work) if self.warm else 0.0
+        ignored = self._outliers.judge(seconds, expected)
+        if ignored:
+            return ignored
+        if self._outliers.changed:
+            self._kept.clear()
+            self._next_search = self._observations + FIRST_SEARCH
+            self._machine.forget()
         if self.warm:
-            self.errors.add(self.predict(work), seconds)
+            self.errors.add(expected, seconds)
         self._observations += 1
         self._largest = max(self._largest, work.tokens)
         self._keep(work, seconds)
         self._machine.observe(work, seconds)
         self._look_for_the_knee()
+        return ""
 
     def _keep(self, work: StepWork, seconds: float) -> None:
         self._kept.setdefault(work.tokens.bit_length(), deque(maxlen=KEPT)).append((work, seconds))
@@ -175,22 +179,6 @@ class StepTimeModel:
                 self._search.best.bounds_from(self._machine)
                 self._machine = self._search.best
             self._search = None
-
-    def _absurd(self, work: StepWork, seconds: float) -> bool:
-        if not self.warm:
-            return False
-        expected = self.predict(work)
-        if expected / ABSURD <= seconds <= expected * ABSURD:
-            self._rejected = 0
-            return False
-        self._rejected += 1
-        if self._rejected <= PATIENCE:
-            return True
-        self._rejected = 0
-        self._kept.clear()
-        self._next_search = self._observations + FIRST_SEARCH
-        self._machine.forget()
-        return False
 
 
 class _Machine:

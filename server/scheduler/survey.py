@@ -33,22 +33,33 @@ def survey_of(residents: Iterable[SequenceState], model: StepTimeModel, start: f
     decodes, outlook = survey.decodes, survey.outlook
     pairs = 0
     least = math.inf
+    tpot = ttft = math.inf
+    # The longest loop of a plan: it makes no calls.
     for state in residents:
-        pending = min(len(state.tokens) + state.in_flight, state.goal) - state.computed
+        computed = state.computed
+        known, goal = len(state.tokens) + state.in_flight, state.goal
+        pending = (known if known < goal else goal) - computed
         if pending == 0 or state.suspect:
             continue
-        if pending > 1 or (not state.paced_tokens and not state.in_flight):
+        paced = state.paced_tokens
+        if pending > 1 or (not paced and not state.in_flight):
             survey.prompts.append(state)
             continue
         decodes.append(state)
-        pairs += state.computed + 1
+        pairs += computed + 1
         aim = state.aim
-        least = min(least, state.due() + aim.lag)
-        outlook.tpot = min(outlook.tpot, aim.step)
-        outlook.asked = outlook.asked or aim.asked_tpot
-        if aim.asked_ttft:
-            outlook.ttft = min(outlook.ttft, aim.ttft)
-    outlook.slack = least - start
+        if paced:
+            # What ``state.due`` gives.
+            due = state.paced_from + (known + 1 - paced) * aim.pace + aim.lag
+            if due < least:
+                least = due
+        if aim.step < tpot:
+            tpot = aim.step
+        if aim.asked_tpot:
+            outlook.asked = True
+        if aim.asked_ttft and aim.ttft < ttft:
+            ttft = aim.ttft
+    outlook.slack, outlook.tpot, outlook.ttft = least - start, tpot, ttft
     survey.work = StepWork(rows=len(decodes), tokens=len(decodes), decode_pairs=pairs)
     survey.alone = model.predict(survey.work)
     return survey

@@ -13,6 +13,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Literal
 
 from server.scheduler.class_shares import CLASSES, ClassShares
 from server.scheduler.fairness import Account
@@ -153,9 +154,11 @@ class WaitingQueue:
             return rank, -math.inf, key, state.arrival
         return rank, state.account.served if self._law.fairness else 0.0, key, state.arrival
 
-    def starved(self, rank: int) -> bool:
-        """The class waits and had less than its floor."""
-        return self._shares.starved(rank)
+    def claim(self, state: SequenceState, now: float) -> Literal["", "its class's floor", "its age"]:
+        """What puts one that is next before others, where it is not its class, tenant and deadline alone."""
+        if state.rank and self._shares.starved(state.rank):
+            return "its class's floor"
+        return "its age" if self._shares.overtakes(state.rank, now - state.arrived) else ""
 
     def served(self, rank: int, tokens: int) -> None:
         """Prompt tokens of this class are in a step now."""

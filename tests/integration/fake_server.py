@@ -18,8 +18,11 @@ import psutil
 
 from benchmarks.servers import free_port, slimserve
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds until a test gives up waiting for something that takes a fraction of one."""
+LATE = 3.0
+"""Seconds that a loaded machine may take on top of a time which a test measures from outside: to let the processes run
+that are to act, and the test itself."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> float:

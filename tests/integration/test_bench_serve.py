@@ -43,25 +43,42 @@ def figures(path: Path) -> dict[str, Any]:
     return found
 
 
+class Means:
+    """What the server itself measured since this was made."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self._url = server.url
+        self._before = {name: self._read(name) for name in ("inter_token_seconds", "time_to_first_token_seconds")}
+
+    def _read(self, name: str) -> tuple[float, float]:
+        return metric(self._url, f"slimserve_{name}_sum"), metric(self._url, f"slimserve_{name}_count")
+
+    def mean(self, name: str) -> float:
+        (total, count), (total_before, count_before) = self._read(name), self._before[name]
+        return (total - total_before) / (count - count_before)
+
+
 def test_an_open_loop_finds_the_engine_s_step_time(server: FakeServer, tmp_path: Path) -> None:
     options = ["--rate", "15", "--requests", "40", "--input", "8-16", "--output", "10-20", "--seeds", "2"]
+    server_s = Means(server)
     answer = run(server, *options, "--slo", "ttft=5s,tpot=1s", "--json", str(tmp_path / "figures.json"))
     assert answer.returncode == 0, answer.stderr
     assert "time per output token" in answer.stdout
     found = figures(tmp_path / "figures.json")
     assert found["settings"]["rate"] == 15
-    # A token takes a step, and the first one at least its own; the machine may be busy, so there is room above.
-    assert STEP <= found["median"]["tpot"]["p50"] < 2 * STEP
-    assert STEP <= found["median"]["ttft"]["p50"] < 20 * STEP
+    # A token takes a step, and the first one at least its own. A busy machine is slower; the server then says so too.
+    assert STEP <= found["median"]["tpot"]["p50"] < 2 * max(STEP, server_s.mean("inter_token_seconds"))
+    assert STEP <= found["median"]["ttft"]["p50"] < 2 * max(10 * STEP, server_s.mean("time_to_first_token_seconds"))
     assert found["median"]["ttft"]["p99"] is None
     for seed in found["seeds"]:
         assert (seed["requests"], seed["complete"], seed["good"], seed["uncounted"]) == (40, 40, 40, 0)
         assert seed["metrics"]["e2e"]["p50"] > seed["metrics"]["ttft"]["p50"] + 9 * STEP * 0.9
-        assert 8 < seed["requests_per_second"] < 25
+        assert 4 < seed["requests_per_second"] < 25
 
 
 def test_a_closed_loop_keeps_its_streams_busy(server: FakeServer, tmp_path: Path) -> None:
     options = ["--concurrency", "6", "--requests", "24", "--input", "8", "--output", "12", "--seeds", "1"]
+    server_s = Means(server)
     answer = run(server, *options, "--prompt", "chat", "--json", str(tmp_path / "figures.json"))
     assert answer.returncode == 0, answer.stderr
     (seed,) = figures(tmp_path / "figures.json")["seeds"]
@@ -69,16 +86,20 @@ def test_a_closed_loop_keeps_its_streams_busy(server: FakeServer, tmp_path: Path
     assert seed["client"]["late_p99"] is None
     # Six streams make at most six tokens a step.
     assert seed["output_tokens_per_second"] <= 6 / STEP
-    assert seed["output_tokens_per_second"] > 6 / STEP / 4
+    assert seed["output_tokens_per_second"] > 6 / max(STEP, server_s.mean("inter_token_seconds")) / 4
 
 
 def test_ctrl_c_shows_what_there_is(server: FakeServer) -> None:
+    def ended() -> float:
+        return metric(server.url, "slimserve_requests_total", ending="length")
+
     options = ["--rate", "10", "--requests", "2000", "--input", "8", "--output", "4", "--seeds", "1"]
-    before = metric(server.url, "slimserve_generated_tokens_total")
+    before = ended()
     with subprocess.Popen(bench(server, *options), stdout=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: metric(server.url, "slimserve_generated_tokens_total") >= before + 20, 30)
+        # The first is a probe. Of ten more the clients have heard of some.
+        wait_until(lambda: ended() >= before + 11, 100)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=100)
     assert process.returncode == 130
     assert "time to first token" in output
     assert "interrupted" in output

@@ -103,8 +103,11 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(server: FakeServ
     terminal = Terminal(chat(server))
     terminal.read_until(b"> ")
     terminal.type(b"tell me much\n")
-    wait_until(lambda: running(server) == 1, "the answer to begin")
-    time.sleep(0.2)
+    terminal.read_until(b"much\r\n")
+    echo = len(terminal.output)
+    while len(terminal.output) < echo + 20:
+        assert terminal.read(), terminal.output
+    wait_until(lambda: running(server) == 1, "a report of the answer")
     os.kill(terminal.pid, signal.SIGINT)
     terminal.read_until(b"(stopped)")
     wait_until(lambda: running(server) == 0, "the cancel")

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,22 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.servers import free_port, running, slimserve
 from compression import evaluate as evaluation
-from compression.card import interval, markdown, quality_of, read_card
+from compression.card import NOT_MEASURED, Card, interval, markdown, quality_of, read_card
 from compression.errors import CompressionError
 from compression.evaluate import Settings, evaluate
 from compression.fingerprint import make_fingerprint
 from compression.measures import models
-from compression.measures.agreement import LiveModel, Passage
+from compression.measures.agreement import LiveModel, Passage, Scores
+from compression.measures.answers import score_answers
+from compression.measures.engine_process import speed_lengths
 from compression.measures.intervals import Estimate
-from compression.measures.texts import WINDOW, read_text, token_windows
+from compression.measures.texts import WINDOW, Question, read_text, token_windows
+from compression.plots import draw_plots
+from compression.progress import Progress
 from compression.record import write_record
 from engines.engine_folder import Quality, read_engine_record, write_engine_record
 from engines.manifest import read_manifest
@@ -51,7 +57,6 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(
         text=tmp_path / "text.txt",
         questions=tmp_path / "questions.jsonl",
-        windows=0,
         window_tokens=64,
         question_count=0,
         answer_tokens=8,
@@ -60,8 +65,9 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
-def quiet(what: str, done: int, total: int) -> None:
-    pass
+def measured(own: Path, base: Path, out: Path, settings: Settings, steps: list[Progress] | None = None) -> Card:
+    """With a clock that goes on a second a look."""
+    return evaluate(own, base, out, settings, (steps if steps is not None else []).append, count(0.0).__next__)
 
 
 def finish(folder: Path, base: Path) -> None:
@@ -80,7 +86,7 @@ def test_a_card_is_written_and_summed_up_in_the_record(pair: tuple[Path, Path], 
     own, base = pair
     finish(own, base)
     assert read_quality(own) is None
-    card = evaluate(own, base, own, replace(settings, question_count=3), quiet)
+    card = measured(own, base, own, replace(settings, question_count=3))
     assert read_card(own) == card
     text = (own / "card.md").read_text()
     assert card.text is not None
@@ -103,22 +109,79 @@ def test_a_card_is_written_and_summed_up_in_the_record(pair: tuple[Path, Path], 
 
 
 def test_a_model_is_as_good_as_itself(pair: tuple[Path, Path], settings: Settings, tmp_path: Path) -> None:
-    card = evaluate(pair[1], pair[1], tmp_path / "card", replace(settings, question_count=3), quiet)
+    card = measured(pair[1], pair[1], tmp_path / "card", replace(settings, question_count=3))
     assert card.text is not None
     assert card.text.ratio == Estimate(1.0, 1.0, 1.0)
     assert card.text.divergence.value == 0
     assert card.text.same_best.value == 1
     assert card.answers is not None
-    assert card.answers.same_choice.value == card.answers.kept.value == card.answers.same_number.value == 1
+    same = Estimate(1.0, 1.0, 1.0)
+    assert card.answers.same_choice == card.answers.kept == same
+    assert card.answers.same_number.value == 1
+
+
+def test_all_windows_are_taken_with_the_time_left(pair: tuple[Path, Path], settings: Settings, tmp_path: Path) -> None:
+    steps: list[Progress] = []
+    measured(*pair, tmp_path / "card", settings, steps)
+    compared = [step for step in steps if step.what == "comparing with the base"]
+    assert compared[0].total == compared[-1].done == len(TEXT) // 64
+    # Each look at the clock takes a second, and each window is one look.
+    left = [step.seconds_left for step in compared]
+    assert left[0] is None
+    assert left[1:] == pytest.approx([float(len(TEXT) // 64 - done) for done in range(1, len(left))], rel=0.1)
+
+
+def test_a_short_context_gives_a_whole_card(tmp_path: Path, settings: Settings) -> None:
+    """Of 24 tokens: 12 in and 12 out are measured, and no question fits."""
+    pair = write_pair(tmp_path, context=24)
+    card = measured(*pair, tmp_path / "card", replace(settings, question_count=3, speed=True))
+    assert card.text is not None
+    assert card.text.window_tokens == 24
+    assert card.answers is None
+    assert card.engine is not None
+    assert [(speed.prompt, speed.output) for speed in card.engine.speeds] == [(12, 12)] * 3
+    text = (tmp_path / "card" / "card.md").read_text()
+    assert "12 tokens in and 12 out" in text
+    assert "nan" not in text
+
+
+def test_what_had_nothing_to_count_is_not_measured(pair: tuple[Path, Path], settings: Settings, tmp_path: Path) -> None:
+    """A base that answers nothing, and a context in which a sequence has one token."""
+    assert speed_lengths(1) is None
+    scores = Scores(*(np.zeros(0) for _ in range(5)))
+    questions = [Question("?", "4", "#### 4")]
+    answers = score_answers("q", questions, [""], [""], ([[]], [[]]), scores, scores, 8)
+    assert (answers.same_choice, answers.kept, answers.loss_difference) == (None, None, None)
+    card = measured(*pair, tmp_path / "card", replace(settings, speed=True))
+    assert card.engine is not None
+    slow = msgspec.structs.replace(card.engine.speeds[0], token_p50=None, token_p99=None)
+    card = msgspec.structs.replace(
+        card, answers=answers, engine=msgspec.structs.replace(card.engine, speeds=[slow]), base_engine=None
+    )
+    text = markdown(card, [])
+    assert text.count(NOT_MEASURED) == 5
+    assert "nan" not in text
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert "card-speed.png" in draw_plots(card, tmp_path)
+
+
+def test_a_model_that_computes_no_numbers_is_said_to_be_broken(
+    pair: tuple[Path, Path], settings: Settings, tmp_path: Path
+) -> None:
+    tensors = load_file(pair[0] / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, pair[0] / "model.safetensors")
+    with pytest.raises(CompressionError, match="not numbers"):
+        measured(*pair, tmp_path / "card", settings)
 
 
 def test_models_that_do_not_fit_together_are_compared_through_files(
     pair: tuple[Path, Path], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = evaluate(*pair, tmp_path / "card", settings, quiet)
+    whole = measured(*pair, tmp_path / "card", settings)
     monkeypatch.setattr(models, "_SECOND_MODEL", 1e12)
     monkeypatch.setattr(evaluation, "room_for_another", models.room_for_another)
-    card = evaluate(*pair, tmp_path / "card", settings, quiet)
+    card = measured(*pair, tmp_path / "card", settings)
     assert whole.text is not None
     assert card.text is not None
     assert not card.text.exact
@@ -133,7 +196,7 @@ def test_without_matplotlib_the_card_says_what_to_install(
 ) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-    evaluate(*pair, tmp_path / "card", settings, quiet)
+    measured(*pair, tmp_path / "card", settings)
     assert "pip install 'slimserve[compress]'" in (tmp_path / "card" / "card.md").read_text()
     assert not list((tmp_path / "card").glob("*.png"))
 
@@ -144,7 +207,7 @@ def test_another_tokenizer_is_refused(pair: tuple[Path, Path], settings: Setting
     config: dict[str, Any] = json.loads((other / "config.json").read_text()) | {"vocab_size": 300}
     write_checkpoint(other, config)
     with pytest.raises(CompressionError, match="different tokenizers"):
-        evaluate(pair[0], other, tmp_path / "card", settings, quiet)
+        measured(pair[0], other, tmp_path / "card", settings)
 
 
 def test_a_record_holds_every_file_that_is_served(pair: tuple[Path, Path]) -> None:
@@ -159,7 +222,7 @@ def test_a_record_holds_every_file_that_is_served(pair: tuple[Path, Path]) -> No
 
 
 def test_an_empty_card_is_one(pair: tuple[Path, Path], settings: Settings, tmp_path: Path) -> None:
-    card = evaluate(*pair, tmp_path / "card", settings, quiet)
+    card = measured(*pair, tmp_path / "card", settings)
     assert card.answers is None
     assert card.engine is None
     bare = msgspec.structs.replace(card, text=None, coverage=None)

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from benchmarks.servers import slimserve
-from tests.integration.fake_server import PATIENCE, FakeServer, configuration, fake_server, streams, wait_until
+from tests.integration.fake_server import LATE, PATIENCE, FakeServer, configuration, fake_server, streams, wait_until
 from tests.metrics_text import metric
 
 ENDLESS: dict[str, Any] = {"max_tokens": 2000}
@@ -67,7 +67,7 @@ def test_killed_api_process_takes_the_worker_with_it(server: FakeServer) -> None
         folder = socket_folder(worker)
         assert folder.stat().st_mode & 0o077 == 0
         server.process.kill()
-        assert wait_until(lambda: gone(worker), "the worker to follow") < 2
+        assert wait_until(lambda: gone(worker), "the worker to follow") < 2 + LATE
         assert not folder.exists()
 
 
@@ -83,7 +83,7 @@ def test_killed_api_process_takes_a_worker_inside_a_long_step_with_it(tmp_path: 
         [worker] = server.workers()
         wait_until(lambda: metric(server.url, "slimserve_requests_running") == 1, "the step to begin")
         server.process.kill()
-        assert wait_until(lambda: gone(worker), "the worker to follow") < 2
+        assert wait_until(lambda: gone(worker), "the worker to follow") < 2 + LATE
         request.join(PATIENCE)
 
 
@@ -112,7 +112,7 @@ def test_idle_server_stops_quickly(server: FakeServer) -> None:
     started = time.monotonic()
     server.signal(signal.SIGTERM)
     assert server.wait() == 0
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 2 + LATE
 
 
 def test_what_is_open_after_the_grace_time_ends_with_one_error(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_second_signal_exits_at_once(server: FakeServer) -> None:
         started = time.monotonic()
         server.signal(signal.SIGINT)
         assert server.wait() == 130
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 2 + LATE
         wait_until(lambda: gone(worker), "the worker to go")
 
 
@@ -184,10 +184,15 @@ def test_no_torch_in_the_api_process(lasting: FakeServer) -> None:
 def test_idle_worker_takes_no_core(lasting: FakeServer) -> None:
     assert lasting.complete().status_code == 200
     [worker] = lasting.workers()
-    before = worker.cpu_times()
-    time.sleep(1.5)
-    after = worker.cpu_times()
-    assert after.user + after.system - before.user - before.system < 0.03
+
+    def share() -> float:
+        before = worker.cpu_times()
+        time.sleep(1.5)
+        after = worker.cpu_times()
+        return (after.user + after.system - before.user - before.system) / 1.5
+
+    # It counts in hundredths of a second, and a busy machine makes each of them do less.
+    assert min(share() for _ in range(3)) < 0.02
 
 
 def test_worker_given_up_ends_the_server_with_status_1(tmp_path: Path) -> None:

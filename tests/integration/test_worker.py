@@ -41,6 +41,7 @@ from server.worker.wire import (
     decode_from_worker,
     encode,
 )
+from tests.integration.fake_server import LATE, PATIENCE
 from tests.unit.generation.tiny_models import LLAMA, model_folder, tiny_spec
 
 M = TypeVar("M", bound=FromWorker)
@@ -193,8 +194,8 @@ def test_end_of_standard_input_ends_the_worker_and_its_socket(
     assert process.stdin is not None
     started = time.monotonic()
     process.stdin.close()
-    assert process.wait(5) != 0
-    assert time.monotonic() - started < 2
+    assert process.wait(PATIENCE) != 0
+    assert time.monotonic() - started < 2 + LATE
     assert not (tmp_path / "socket").exists()
 
 

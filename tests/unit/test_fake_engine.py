@@ -100,7 +100,7 @@ def test_chunks_draw_nothing_before_the_end(script: Script) -> None:
 
 def test_one_shot_items_give_an_output(script: Script) -> None:
     rows = (OneShotRow(item=5, bucket=1, rows=2), OneShotRow(item=6, bucket=1, rows=1))
-    script.engine.launch(script.plan(one_shot=rows))
+    script.engine.launch(script.plan(one_shot=rows, padded_rows=3))
     result = script.engine.collect(1)
     assert [given.output for given in result.rows] == [fake_output(5, 1, 2), fake_output(6, 1, 1)]
 
@@ -185,6 +185,14 @@ class TestRefusals:
         script.refuses("mixes", one_shot=(OneShotRow(item=1, bucket=0, rows=1), OneShotRow(item=2, bucket=1, rows=1)))
         script.refuses("two rows", one_shot=(OneShotRow(item=1, bucket=0, rows=1),) * 2)
         script.refuses("no rows", one_shot=(OneShotRow(item=1, bucket=0, rows=1), OneShotRow(item=2, bucket=0, rows=0)))
+
+    def test_one_shot_batches_that_are_padded_to_another_size(self) -> None:
+        engine = FakeEngine("m", msgspec.structs.replace(CAPACITY, one_shot_rows=(1, 3)))
+        plan = StepPlan(step=1, engine="m", one_shot=(OneShotRow(item=1, bucket=0, rows=2),))
+        for padded in (0, 2, 4):
+            with pytest.raises(BrokenPlanError, match="2 rows are padded to"):
+                engine.launch(msgspec.structs.replace(plan, step=2 + padded, padded_rows=padded))
+        engine.launch(msgspec.structs.replace(plan, step=9, padded_rows=3))
 
     def test_closing_with_steps_in_flight(self, script: Script) -> None:
         script.engine.launch(script.plan(row(0, 6, (0, 1)), admits=(admit(),)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engines.fake import FakeEngine, fake_logprobs, fake_output, fake_token
-from engines.protocol import Capacity, End, SamplingParams, StepPlan, StepResult
+from engines.protocol import Capacity, End, Irregular, SamplingParams, StepPlan, StepResult
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.core import Dropped, DynamicBatchScheduler, ItemUpdate
 from server.scheduler.law import Law
@@ -165,11 +165,11 @@ class Rig:
         assert plan is not None
         return plan
 
-    def settle(self) -> list[ItemUpdate]:
+    def settle(self, irregular: Irregular = "") -> list[ItemUpdate]:
         """Collect and settle the oldest step in flight."""
         plan = self.in_flight.popleft()
         result = self.engines[plan.engine].collect(plan.step)
-        return self.hear(msgspec.structs.replace(result, seconds=self._seconds(plan)))
+        return self.hear(msgspec.structs.replace(result, seconds=self._seconds(plan), irregular=irregular))
 
     def hear(self, result: StepResult) -> list[ItemUpdate]:
         self.now += result.seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import pytest
@@ -72,6 +73,17 @@ def test_an_item_waits_for_company_but_no_longer_than_the_delay() -> None:
         pytest.approx(0.005),
         pytest.approx(0.001),
     ]
+
+
+@pytest.mark.parametrize("jump", [3600.0, -50.0])
+def test_a_clock_that_jumps_keeps_nobody_waiting(jump: float) -> None:
+    rig = Rig(SchedulerConfig(max_delay=0.005))
+    offer(rig, (0, 1))
+    assert rig.launch() is None
+    rig.now += jump
+    rig.must_launch()
+    rig.run()
+    rig.check_all()
 
 
 def test_a_full_step_waits_for_nobody() -> None:
@@ -194,6 +206,20 @@ class TestDeadlines:
         assert [(one.items, one.kind) for one in rig.dropped] == [([1000], "timeout")]
         assert rig.load().decisions == {"client's time ran out": 1}
         rig.check_all()
+
+    def test_a_target_out_of_reach_is_told_once_and_served(self, caplog: pytest.LogCaptureFixture) -> None:
+        bursts = Bursts()
+        bursts.run(2000.0, 0.5)
+        rig = bursts.rig
+        rig.run()
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                rig.offer(rig.item([], 0, rows=30, ttft=0.005, firm=True))
+                rig.run()
+        assert rig.dropped == []
+        assert rig.load().decisions["ttft out of reach"] == 3
+        assert len(caplog.records) == 1
+        assert "30 rows" in caplog.text
 
     def test_the_higher_class_goes_first(self) -> None:
         rig = Rig(SchedulerConfig(max_batch=1))

@@ -9,8 +9,9 @@ import pytest
 from engines.protocol import StepSample
 from server.scheduler.items import StepWork
 from server.scheduler.least_squares import REACH, LeastSquares
+from server.scheduler.outliers import PATIENCE
 from server.scheduler.prediction_errors import PredictionErrors
-from server.scheduler.step_time import PATIENCE, SURE, StepTimeModel, add_row, attended_pairs
+from server.scheduler.step_time import SURE, StepTimeModel, add_row, attended_pairs
 
 Machine = Callable[[StepWork], float]
 
