@@ -25,7 +25,7 @@ import torch
 from benchmarks import report, vllm_figures
 from benchmarks.engine_table import COLUMNS, Figures, cells
 from benchmarks.floors import decode_bytes, read_bandwidth
-from benchmarks.model_configs import CONFIGS, MODEL_LEN, config_folder
+from benchmarks.model_configs import CONFIGS, MODEL_LEN, QUANTIZED, config_folder
 from benchmarks.offline import OfflineServing, Run, StepTimes
 from benchmarks.workloads import WORKLOADS, Workload
 from engines.generation.engine import GenerationEngine
@@ -33,6 +33,7 @@ from engines.manifest import read_manifest
 from engines.models.config import ModelConfig, parse_config
 from engines.protocol import EngineSpec
 from server.scheduler.config import SchedulerConfig
+from server.worker.main import RARE_COLLECTIONS
 
 CAPTURE_PATIENCE = 60.0
 """Seconds that graph capture may take before timing starts."""
@@ -108,13 +109,13 @@ def loaded_bench(model: str, dtype: str, device: str, prefix_cache: bool = True)
     if device == "cuda":
         torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
-        source = config_folder(Path(folder), model)
+        source = config_folder(Path(folder), model, dtype)
         config = parse_config(read_manifest(source, random_weights=True))
         spec = EngineSpec(
             name=model,
             source=str(source),
             device=device,
-            dtype=dtype,
+            dtype="bfloat16" if dtype in QUANTIZED else dtype,
             max_model_len=MODEL_LEN,
             random_weights=0,
             uniform_routing=True,
@@ -122,9 +123,10 @@ def loaded_bench(model: str, dtype: str, device: str, prefix_cache: bool = True)
         engine = GenerationEngine.load(spec, lambda progress: None)
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*RARE_COLLECTIONS)
     serving = OfflineServing(engine, SchedulerConfig(prefix_cache=prefix_cache), time.perf_counter)
     try:
-        yield Bench(engine, serving, config, engine.info.dtype, bandwidth)
+        yield Bench(engine, serving, config, dtype if dtype in QUANTIZED else engine.info.dtype, bandwidth)
     finally:
         engine.close()
 

@@ -1,13 +1,14 @@
 """Attention of prompts on a GPU: every kernel that there is for it, checked, and timed side by side.
 
-    python -m benchmarks.prefill_speed [--models r1-1.5b r1-7b] [--seconds 70]
+    python -m benchmarks.prefill_speed [--models r1-1.5b r1-7b] [--shapes ...] [--kernels ...] [--seconds 70]
 
 Each kernel is first run in a process of its own (``--check NAME``) over random rows, with NaN in all that it must not
 read, against float64: one that is wrong, fails or hangs is left out of the table and said so. Times are of one layer,
 inside a CUDA graph that rotates over caches; operations are those of the causal half. ``hopper`` is
-``engines.kernels.cuda.hopper_attention`` (keys at once, stages), ``triton`` is ``prefill_attention`` (pairs, keys,
-warps, stages); ``flash2`` and ``cudnn`` are those of PyTorch, over contiguous keys and values, prompts without earlier
-tokens only. The last line and the exit status say whether ``hopper`` is right and the fastest in every shape.
+``engines.kernels.cuda.hopper_attention`` (keys at once, stages), ``walking`` is ``hopper_persistent``, ``triton`` is
+``prefill_attention`` (pairs, keys, warps, stages); ``flash2`` and ``cudnn`` are those of PyTorch, over contiguous keys
+and values, prompts without earlier tokens only. The last lines say how much faster each ``walking`` is than ``hopper``
+with the chosen sizes, and, as the exit status does, whether ``hopper`` is right and no ``triton`` faster in any shape.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import report
 from benchmarks.attention_speed import BLOCK_SIZE, Cache, Case, Facts, Heads, make_case, queries_of, timed
 from benchmarks.model_configs import CONFIGS
-from engines.kernels.cuda import elementwise, hopper_attention, prefill_attention
+from engines.kernels.cuda import elementwise, hopper_attention, hopper_persistent, prefill_attention
 from engines.kernels.cuda.prefill_attention import PrefillTile
 from engines.kernels.reference import row_tables
 
@@ -52,21 +53,23 @@ CHECKS = [
     [(5, 0)] * 300,
     [(1300, 700), (64, 64)],
 ]
-CHECK_SECONDS = 60
+CHECK_SECONDS = 25
 TOLERANCE = 1e-2
 """Of ||result - definition|| / ||definition|| in bfloat16."""
 STEP_TOKENS = 8192
 NORM_WARPS = (1, 2, 4, 8)
 HOPPER_TILES = [(128, 2), (64, 4), (64, 3)]
+WALKING_TILES = [(64, 3), (64, 4)]
 TRITON_TILES = [(128, 64, 8, 5), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 4, 3)]
 
 
-def hopper(at_once: int, stages: int, case: Case, heads: Heads, cache: Cache) -> torch.Tensor:
+def hopper(walking: bool, at_once: int, stages: int, case: Case, heads: Heads, cache: Cache) -> torch.Tensor:
     queries, batch = queries_of(case, heads), case.batch
     output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     rows, group = batch.context_lengths.shape[0], heads.queries // heads.keys
     tiles = queries.shape[0] * group // hopper_attention.LINES + rows
-    hopper_attention.attend_chunks(queries, cache, batch, case.shape.scale, output, tiles, at_once, stages)
+    kernel = hopper_persistent if walking and rows <= hopper_persistent.MOST_ROWS else hopper_attention
+    kernel.attend_chunks(queries, cache, batch, case.shape.scale, output, tiles, at_once, stages)
     return output
 
 
@@ -96,7 +99,9 @@ def cudnn(case: Case, heads: Heads, cache: Cache) -> torch.Tensor:
 
 
 def kernels() -> dict[str, Run]:
-    found: dict[str, Run] = {f"hopper {keys} {stages}": partial(hopper, keys, stages) for keys, stages in HOPPER_TILES}
+    found: dict[str, Run] = {}
+    for name, walking, sizes_of in (("hopper", False, HOPPER_TILES), ("walking", True, WALKING_TILES)):
+        found |= {f"{name} {keys} {stages}": partial(hopper, walking, keys, stages) for keys, stages in sizes_of}
     return found | {"triton " + " ".join(map(str, sizes)): partial(triton, sizes) for sizes in TRITON_TILES}
 
 
@@ -175,8 +180,9 @@ def right(names: list[str]) -> list[str]:
     return passed
 
 
-def lines(heads: Heads, names: list[str]) -> Iterator[Facts]:
-    for shape, rows in SHAPES.items():
+def lines(heads: Heads, names: list[str], shapes: list[str]) -> Iterator[Facts]:
+    for shape in shapes:
+        rows = SHAPES[shape]
         case = case_of(heads, rows)
         pairs = sum(count * cached + count * count / 2 for count, cached in rows)
         runs: dict[str, Run] = {name: kernels()[name] for name in names}
@@ -225,14 +231,15 @@ def told(line: Facts) -> str:
     return f"{line['how']}: {line['us']} us {line.get('tflop_s') or line.get('tb_s', '')}"
 
 
-def measure(models: list[str], names: list[str], seconds: float) -> list[Facts]:
-    """Prints one line for each shape, the fastest kernel first."""
+def measure(models: list[str], names: list[str], shapes: list[str], seconds: float) -> list[Facts]:
+    """Of every shape the norms too. Prints one line for each shape, the fastest kernel first."""
     started, found = time.perf_counter(), []
     for model in models:
         config = CONFIGS[model]
         heads = Heads(model, config["num_attention_heads"], config["num_key_value_heads"])
         of_shape: dict[object, list[Facts]] = {}
-        for line in itertools.chain(norm_lines(heads), lines(heads, names)):
+        norms = norm_lines(heads) if len(shapes) == len(SHAPES) else iter(())
+        for line in itertools.chain(norms, lines(heads, names, shapes)):
             found.append(line)
             of_shape.setdefault(line["shape"], []).append(line)
             if time.perf_counter() - started > seconds:
@@ -255,9 +262,24 @@ def fastest_is_hopper(found: list[Facts]) -> bool:
     return bool(times) and all(one.get(True, 1e9) < one.get(False, 1e9) for one in times.values())
 
 
+def tell_gains(found: list[Facts], chosen: str) -> None:
+    """How much faster than ``chosen`` each walking kernel is, the least and the most over all shapes."""
+    times: dict[str, dict[tuple[object, object], float]] = {}
+    for line in found:
+        if "us" in line:
+            times.setdefault(str(line["how"]), {})[line["model"], line["shape"]] = float(str(line["us"]))
+    before = times.get(chosen, {})
+    for name in (name for name in kernels() if name.startswith("walking")):
+        gains = [before[place] / us for place, us in times.get(name, {}).items() if place in before]
+        told_gains = f"{min(gains):.3f} to {max(gains):.3f} times as fast as {chosen}" if gains else "not measured"
+        print(f"# {name}: {told_gains}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["r1-1.5b", "r1-7b"], default=["r1-1.5b", "r1-7b"])
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--kernels", nargs="+", choices=list(kernels()), default=list(kernels()))
     parser.add_argument("--seconds", type=float, default=70, help="nothing is begun later than this after the checks")
     parser.add_argument("--check", metavar="NAME", help="check this kernel alone")
     arguments = parser.parse_args()
@@ -265,9 +287,9 @@ def main() -> int:
         check(arguments.check)
         return 0
     print(f"# attention of one layer, bf16: {torch.cuda.get_device_name()}, commit {report.commit()}", flush=True)
-    names = right(list(kernels()))
-    found = measure(arguments.models, names, arguments.seconds)
-    for peer in (flash2, cudnn):
+    names = right(arguments.kernels)
+    found = measure(arguments.models, names, arguments.shapes, arguments.seconds)
+    for peer in (flash2, cudnn) if arguments.kernels == list(kernels()) else ():
         try:
             print(
                 f"# {peer.__name__}: {new_length_milliseconds(Heads('1.5b', 12, 2), peer):.1f} ms for each new length"
@@ -279,6 +301,7 @@ def main() -> int:
     facts = {"device": torch.cuda.get_device_name(), "commit": report.commit(), "right": names, "lines": found}
     (folder / "prefill_speed.json").write_text(json.dumps(facts, indent=1) + "\n")
     chosen = f"hopper {hopper_attention.KEYS} {hopper_attention.STAGES}"
+    tell_gains(found, chosen)
     good = chosen in names and fastest_is_hopper(found)
     print(f"# hopper is {'right and the fastest' if good else 'NOT right or not the fastest everywhere'}")
     return 0 if good else 1

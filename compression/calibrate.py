@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from compression.errors import CompressionError
+from engines.manifest import Manifest
+from server.text.model_text import load_text
 
 DEFAULT_TEXT = Path(__file__).resolve().parents[1].parent / "shared/data/text/gsm8k-train-2000.jsonl"
 """Worked problems, read where no text is given and these are here."""
@@ -20,6 +22,30 @@ PIECE = 1 << 16
 """Characters that are tokenized at once."""
 
 Encode = Callable[[str], list[int]]
+
+
+def text_source(given: Path | None, recipe: str) -> Path:
+    """The text to read: what the user gave, else the one that is here. Raises CompressionError where there is none."""
+    source = DEFAULT_TEXT if given is None and DEFAULT_TEXT.is_file() else given
+    if source is None:
+        raise CompressionError(
+            f"the recipe {recipe} is calibrated: give --calibration FILE, some hundred kB of text of the kind that the "
+            "model will see"
+        )
+    return source
+
+
+def text_tokens(source: Path, manifest: Manifest, windows: int, tokens: int) -> torch.Tensor:
+    """As ``calibration_windows``, by the model's own tokenizer."""
+    text = load_text(manifest)
+    try:
+
+        def encode(part: str) -> list[int]:
+            return text.encode(part, False, max_tokens=len(part) + 8)
+
+        return calibration_windows(source, encode, windows, tokens)
+    finally:
+        text.close()
 
 
 def calibration_windows(source: Path, encode: Encode, windows: int, tokens: int) -> torch.Tensor:

@@ -30,9 +30,14 @@ class LayerWeights:
     """By the linear layer's name; layers that share their input share one."""
     taps: dict[str, Callable[[torch.Tensor], None]] = field(default_factory=dict)
     """By the linear layer's name: called with each output of it."""
+    keeps_exact: bool = False
+    exact: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By the linear layer's name: its weight before it was quantized, where ``keeps_exact``."""
 
     def replace(self, name: str, matrix: QuantizedMatrix) -> None:
         """A linear layer is quantized from here on."""
+        if self.keeps_exact:
+            self.exact.setdefault(name, self.tensors[f"{name}.weight"])
         self.quantized[name] = matrix
         self.tensors[f"{name}.weight"] = matrix.dequantize()
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from compression.measures.engine_process import OUTPUT, PROMPT, Speed
+from compression.measures.engine_process import Speed
 from compression.measures.intervals import LEVEL, Estimate
 from engines.engine_folder import Coverage, Quality
 
 JSON_NAME, MARKDOWN_NAME = "card.json", "card.md"
+NOT_MEASURED = "not measured"
 
 
 class TextScores(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,25 +46,14 @@ class AnswerScores(msgspec.Struct, frozen=True, kw_only=True):
     base_accuracy: Estimate
     same_number: Estimate
     """Share of questions to which both models give the same final number, right or not."""
-    same_choice: Estimate
-    """Share of the base's answer tokens that this model chooses too after the same text before."""
-    kept: Estimate
+    same_choice: Estimate | None
+    """Share of the base's answer tokens that this model chooses too after the same text before. None where the base
+    answers nothing, as for ``kept``."""
+    kept: Estimate | None
     """Share of the base's answers, by length, before this model's own answer first differs."""
-    loss_difference: Estimate
-    """Of the worked solutions: mean negative log likelihood of a token, this model's less the base's."""
-
-
-class ClassifierScores(msgspec.Struct, frozen=True, kw_only=True):
-    """Of an encoder: a linear probe on its embeddings."""
-
-    name: str
-    examples: int
-    accuracy: Estimate
-    base_accuracy: Estimate
-    accuracy_difference: Estimate
-    f1: Estimate
-    """Mean over the classes."""
-    base_f1: Estimate
+    loss_difference: Estimate | None
+    """Of the worked solutions: mean negative log likelihood of a token, this model's less the base's. None where none
+    fits into the context."""
 
 
 class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +78,6 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     """Of activations and unquantized weights where quality was measured."""
     text: TextScores | None = None
     answers: AnswerScores | None = None
-    classifier: ClassifierScores | None = None
     more: dict[str, Estimate] = {}
     """Further figures by name, such as the agreement of routers."""
     engine: EngineFigures | None = None
@@ -104,7 +93,7 @@ ROUTER_AGREEMENT = "router agreement"
 
 def quality_of(card: Card) -> Quality:
     """The summary that goes into the engine folder's record."""
-    text, task = card.text, card.answers or card.classifier
+    text, task = card.text, card.answers
     names = [part.name for part in (text, task) if part is not None]
     router = card.more.get(ROUTER_AGREEMENT)
     return Quality(
@@ -134,7 +123,7 @@ def read_card(folder: Path) -> Card:
 def markdown(card: Card, plots: Sequence[str]) -> str:
     parts = [f"# {card.model}", "", f"Measured against {card.base} with {card.created_with}: {card.machine}.", ""]
     parts += [f"Brackets are {LEVEL:.0%} confidence intervals.", ""]
-    for section in (_text(card), _answers(card.answers), _classifier(card.classifier), _more(card.more)):
+    for section in (_text(card), _answers(card.answers), _more(card.more)):
         parts += section
     parts += _engines(card) + _coverage(card.coverage)
     if card.notes:
@@ -144,13 +133,17 @@ def markdown(card: Card, plots: Sequence[str]) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def interval(estimate: Estimate, digits: int = 4) -> str:
+def interval(estimate: Estimate | None, digits: int = 4) -> str:
     """``1.0123 [1.0101, 1.0144]``"""
+    if estimate is None:
+        return NOT_MEASURED
     low, high = f"{estimate.low:.{digits}f}", f"{estimate.high:.{digits}f}"
     return f"{estimate.value:.{digits}f} [{low}, {high}]"
 
 
-def _percent(estimate: Estimate) -> str:
+def _percent(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return NOT_MEASURED
     return f"{100 * estimate.value:.2f} % [{100 * estimate.low:.2f}, {100 * estimate.high:.2f}]"
 
 
@@ -200,19 +193,6 @@ def _answers(scores: AnswerScores | None) -> list[str]:
     return ["## Answers", "", head, "", *_table(("", "value"), rows)]
 
 
-def _classifier(scores: ClassifierScores | None) -> list[str]:
-    if scores is None:
-        return []
-    rows = [
-        ("accuracy", _percent(scores.accuracy)),
-        ("accuracy of the base", _percent(scores.base_accuracy)),
-        ("difference", _percent(scores.accuracy_difference)),
-        ("F1, mean over the classes", interval(scores.f1)),
-        ("F1 of the base", interval(scores.base_f1)),
-    ]
-    return ["## Classification", "", f"{scores.examples} examples of {scores.name}.", "", *_table(("", "value"), rows)]
-
-
 def _more(figures: dict[str, Estimate]) -> list[str]:
     if not figures:
         return []
@@ -233,8 +213,8 @@ def _engines(card: Card) -> list[str]:
             str(speed.rows),
             f"{speed.tokens_per_second:,.0f}",
             f"{1e3 * speed.first_token:,.0f}",
-            f"{1e3 * speed.token_p50:.2f}",
-            f"{1e3 * speed.token_p99:.2f}",
+            _milliseconds(speed.token_p50),
+            _milliseconds(speed.token_p99),
             "not known" if speed.joules_per_token is None else f"{speed.joules_per_token:.3f}",
         )
         for name, figures in pairs
@@ -243,15 +223,19 @@ def _engines(card: Card) -> list[str]:
     threads = f", {card.engine.threads} threads" if card.device == "cpu" else ""
     settings = f"{card.engine.dtype} on {card.device}{threads}"
     header = ("", "at once", "tokens/s", "first token, ms", "token p50, ms", "token p99, ms", "J/token")
-    return [
-        "## Size and speed",
-        "",
-        *_table(("", "files", "weights in memory", "peak memory"), sizes),
-        f"In the serving engine ({settings}), {PROMPT} tokens in and {OUTPUT} out, all prompts at once; tokens/s "
-        "counts the prefill's time in.",
-        "",
-        *(_table(header, rows) if rows else []),
-    ]
+    sections = ["## Size and speed", "", *_table(("", "files", "weights in memory", "peak memory"), sizes)]
+    if not card.engine.speeds:
+        return [*sections, f"Speed: {NOT_MEASURED}.", ""]
+    first = card.engine.speeds[0]
+    how = (
+        f"In the serving engine ({settings}), {first.prompt} tokens in and {first.output} out, all prompts at once; "
+        "tokens/s counts the prefill's time in."
+    )
+    return [*sections, how, "", *_table(header, rows)]
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return NOT_MEASURED if seconds is None else f"{1e3 * seconds:.2f}"
 
 
 def _coverage(coverage: Coverage | None) -> list[str]:

@@ -14,27 +14,34 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors.torch import load_file
 
 from compression.base_model import FINAL_NORM, BaseModel
-from compression.calibrate import DEFAULT_TEXT, calibration_windows
+from compression.calibrate import text_source, text_tokens
 from compression.calibrated_layer import LayerWeights
+from compression.compensation.biases import compensated_config, has_mlp_bias
+from compression.compensation.tuning import BlockTuner, tuning_passes
 from compression.errors import CompressionError
 from compression.experts import DECISION, plan_experts
 from compression.export import layer_tensors, read_notes, save_tensors, write_config, write_shards, write_text
 from compression.hidden_states import HiddenStates
 from compression.layerwise import LayerQuantizer, Window, make_window
 from compression.plan import LinearLayer, Plan, layer_index, linear_layers, make_plan
-from compression.progress import Estimate, Report
+from compression.progress import Estimate, PartReport, Parts, Report
 from compression.quantization_config import quantization_config
-from compression.recipe import Recipe
+from compression.recipe import Calibration, Recipe
 from compression.record import write_record
+from compression.self_generated import generated_windows
 from engines.manifest import read_manifest
 from engines.models.rope import cos_sin_table
-from server.text.model_text import load_text
 
 PASSES = 4
 """Over the calibration windows in each layer: two parts, each watched and then run quantized."""
-RUN_FILE, OUTER_FILE = "run.json", "outer.safetensors"
+COMPENSATED_PASSES = 4
+"""More: two parts of the full layer, and of the tuned one."""
+RUN_FILE, OUTER_FILE, WRITTEN_FILE = "run.json", "outer.safetensors", "written.safetensors"
+STREAM, TARGET = "hidden", "full"
+"""Files of the residual stream before each layer: the compressed model's, and for compensation the full one's."""
 DEFAULT_HESSIAN_BYTES = 4 << 30
 
 
@@ -96,44 +103,54 @@ class _Run:
         self.dtype = torch.float16 if self.manifest.dtype == "float16" else torch.bfloat16
         self.all_layers = linear_layers(self.base.config)
         self.plan: Plan = make_plan(job.recipe, self.all_layers, self.base.outer_layers(), self.dtype)
-        self.tokens = self._calibration_tokens()
+        self.config = compensated_config(self.manifest, self.base.config, job.recipe.compensation)
         self.work = job.out.with_name(f"{job.out.name}.partial")
-        self._start_or_go_on()
-        self.count = self.base.config.layers
+        self.tokens = self._calibration_tokens(Parts(report, clock))
+        self.count = self.config.layers
         self.first = next((index for index in range(self.count) if not self._layer_file(index).exists()), self.count)
-        ticks = 1 if self.tokens is None else PASSES * self.tokens.shape[0]
-        self.ticks = ticks
-        self.estimate = Estimate(report, clock, ticks * (self.count + 1), ticks * self.first)
+        self.ticks = self._ticks()
+        self.estimate = Estimate(report, clock, self.ticks * (self.count + 1), self.ticks * self.first)
 
-    def _calibration_tokens(self) -> torch.Tensor | None:
-        """(windows, tokens) int64; None where the recipe needs none."""
-        recipe, source = self.job.recipe, self.job.calibration
-        if recipe.calibration is None or not recipe.calibrates:
+    def _calibration_tokens(self, report: PartReport) -> torch.Tensor | None:
+        """(windows, tokens) int64; None where the recipe needs none. Starts the run, or goes on with it: text that the
+        model writes is part of it."""
+        recipe, wanted = self.job.recipe, self.job.recipe.calibration
+        if wanted is None or not recipe.calibrates:
+            self._start_or_go_on(b"")
             return None
-        if source is None and DEFAULT_TEXT.is_file():
-            source = DEFAULT_TEXT
-        if source is None:
-            raise CompressionError(
-                f"the recipe {recipe.name} is calibrated: give --calibration FILE, some hundred kB of text of the kind "
-                "that the model will see"
-            )
-        text = load_text(self.manifest)
-        try:
-            wanted = recipe.calibration
-            width = min(wanted.tokens, self.manifest.max_context)
-
-            def encode(part: str) -> list[int]:
-                return text.encode(part, False, max_tokens=len(part) + 8)
-
-            tokens = calibration_windows(source, encode, wanted.windows, width)
-        finally:
-            text.close()
-        self.plan.notes.append(f"calibrated on {tokens.shape[0]} windows of {width} tokens from {source.name}")
+        width = min(wanted.tokens, self.manifest.max_context)
+        if wanted.source == "model":
+            self._start_or_go_on(b"")
+            tokens, source = self._written(wanted, width, report), "what the model wrote"
+        else:
+            path = text_source(self.job.calibration, recipe.name)
+            tokens, source = text_tokens(path, self.manifest, wanted.windows, width), path.name
+            self._start_or_go_on(tokens.numpy().tobytes())
+        self.plan.notes.append(f"calibrated on {tokens.shape[0]} windows of {width} tokens from {source}")
         return tokens
 
-    def _start_or_go_on(self) -> None:
+    def _written(self, wanted: Calibration, width: int, report: PartReport) -> torch.Tensor:
+        """Kept with the run, so that it goes on with the same windows."""
+        if self.job.calibration is not None:
+            raise CompressionError("the recipe is calibrated on what the model writes; leave --calibration out")
+        path = self.work / WRITTEN_FILE
+        if not path.exists():
+            written = generated_windows(self.job.model, self.manifest, wanted, width, str(self.device), report)
+            save_tensors(path, {"tokens": written}, [])
+        tokens: torch.Tensor = load_file(path)["tokens"]
+        return tokens
+
+    def _ticks(self) -> float:
+        """Units of work in a layer: passes of a window through half of it."""
+        if self.tokens is None:
+            return 1
+        windows = self.tokens.shape[0]
+        if self.job.recipe.compensation is None:
+            return PASSES * windows
+        return (PASSES + COMPENSATED_PASSES) * windows + 2 * tuning_passes(self.job.recipe.compensation, windows)
+
+    def _start_or_go_on(self, calibration: bytes) -> None:
         """Raises CompressionError if the folder of an unfinished run belongs to another one."""
-        calibration = b"" if self.tokens is None else self.tokens.numpy().tobytes()
         facts = {
             "recipe": msgspec.to_builtins(self.job.recipe),
             "base": self.manifest.fingerprint,
@@ -178,8 +195,18 @@ class _Run:
             cos_sin,
             self.device,
             self.job.hessian_bytes,
-            lambda: self.estimate.advance(),
+            self.estimate.advance,
         )
+        tuner = None
+        if self.job.recipe.compensation is not None:
+            tuner = BlockTuner(
+                self.config,
+                self.job.recipe.compensation,
+                self.plan.layers,
+                cos_sin,
+                self.device,
+                lambda amount: self.estimate.advance(2 * amount),
+            )
         self._save_outer(quantizer)
         windows: list[Window] = []
         if self.tokens is not None and self.first < self.count:
@@ -187,44 +214,56 @@ class _Run:
             self._embed(windows)
         for index in range(self.first, self.count):
             self.estimate.begin(f"layer {index + 1} of {self.count}")
-            self._one_layer(index, quantizer, windows)
+            self._one_layer(index, quantizer, tuner, windows)
             self.estimate.reach(self.ticks * (index + 1))
         return [self.work / OUTER_FILE, *(self._layer_file(index) for index in range(self.count))]
 
-    def _one_layer(self, index: int, quantizer: LayerQuantizer, windows: list[Window]) -> None:
-        weights = LayerWeights(self.base.layer_tensors(index, self._layers_of(index)))
+    def _one_layer(
+        self, index: int, quantizer: LayerQuantizer, tuner: BlockTuner | None, windows: list[Window]
+    ) -> None:
+        tensors = self.base.layer_tensors(index, self._layers_of(index))
+        weights = LayerWeights(tensors, keeps_exact=tuner is not None and tuner.needs_exact)
         notes: list[str] = []
         try:
             if windows:
                 stream, following = self._stream(index), self._stream(index + 1)
+                if tuner is not None:
+                    target = self._stream(index + 1, TARGET)
+                    quantizer.run(index, weights, windows, self._stream(index, TARGET), target)
                 notes = quantizer.quantize(index, weights, windows, stream, following)
+                if tuner is not None:
+                    notes.append(tuner.compensate(index, weights, stream, target).note(index))
+                    quantizer.run(index, weights, windows, stream, following, self.config)
             else:
                 quantizer.without_calibration(weights)
         except ValueError as error:
             raise CompressionError(f"{error}; the model cannot be compressed by this recipe") from error
         save_tensors(self._layer_file(index), layer_tensors(weights, self.plan.layers, self.dtype), notes)
         if windows:
-            self._stream_file(index).unlink()
+            for kind in (STREAM, TARGET):
+                self._stream_file(index, kind).unlink(missing_ok=True)
 
     def _layers_of(self, index: int) -> list[LinearLayer]:
         return [layer for layer in self.all_layers if layer_index(layer.name) == index]
 
-    def _stream_file(self, index: int) -> Path:
-        return self.work / f"hidden-{index:05}.bin"
+    def _stream_file(self, index: int, kind: str) -> Path:
+        return self.work / f"{kind}-{index:05}.bin"
 
-    def _stream(self, index: int) -> HiddenStates:
+    def _stream(self, index: int, kind: str = STREAM) -> HiddenStates:
         """The residual stream before layer ``index``."""
         assert self.tokens is not None
         windows, width = self.tokens.shape
-        return HiddenStates(self._stream_file(index), windows, width, self.base.config.hidden)
+        return HiddenStates(self._stream_file(index, kind), windows, width, self.base.config.hidden)
 
     def _embed(self, windows: list[Window]) -> None:
         """The stream before the first layer. A later one was kept when the layer before it was done."""
         if self.first > 0:
             return
-        embedding, stream = self.base.linear(self.base.outer_layers()[0]), self._stream(0)
-        for place, window in enumerate(windows):
-            stream.write(place, embedding[window.batch.token_ids])
+        embedding = self.base.linear(self.base.outer_layers()[0])
+        kinds = (STREAM,) if self.job.recipe.compensation is None else (STREAM, TARGET)
+        for stream in [self._stream(0, kind) for kind in kinds]:
+            for place, window in enumerate(windows):
+                stream.write(place, embedding[window.batch.token_ids])
 
     def _save_outer(self, quantizer: LayerQuantizer) -> None:
         """What stands around the layers: embedding, norm and head."""
@@ -245,7 +284,7 @@ class _Run:
         folder.mkdir()
         write_shards(files, folder)
         config = quantization_config([*self.all_layers, *self.base.outer_layers()], self.plan.layers)
-        write_config(self.manifest, config, self.dtype, folder)
+        write_config(self.manifest, config, self.dtype, folder, has_mlp_bias(self.config))
         write_text(self.manifest, folder)
         if (self.work / DECISION).exists():
             shutil.copyfile(self.work / DECISION, folder / DECISION)

@@ -38,20 +38,17 @@ from compression.measures.models import (
 from compression.measures.routing import RouterWatch
 from compression.measures.texts import WINDOW, Question, Windows, read_questions, read_text, token_windows
 from compression.plots import MISSING, draw_plots
+from compression.progress import PartReport, Parts, Report
 from engines.engine_folder import read_engine_record, write_engine_record
 from engines.generation.placement import choose_placement, dtype_name
 from engines.protocol import EngineSpec
 
-CPU_WINDOWS = 64
-"""Of a text, where the user does not say how many: more take minutes each on two cores, and the interval of the ratio,
-which is paired, is narrow already."""
+SHORTEST_WINDOW = 2
+"""Tokens: the first is not scored."""
 SAMPLE = 20_000
 """Characters by which two tokenizers are compared."""
 SHARED = Path(__file__).resolve().parents[1].parent / "shared/data/text"
 DEFAULT_TEXT, DEFAULT_QUESTIONS = SHARED / "wikitext-2-valid.txt", SHARED / "gsm8k-train-2000.jsonl"
-
-Report = Callable[[str, int, int], None]
-"""What is done now, how much of it, and all of it (0: unknown)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +59,7 @@ class Settings:
     """None: WikiText-2's validation part, where it is here. So ``questions``: GSM8K's."""
     questions: Path | None = None
     windows: int | None = None
-    """None: all on a GPU, ``CPU_WINDOWS`` on the CPU. 0: all."""
+    """So many of the text's, evenly spread. None: all."""
     window_tokens: int = WINDOW
     question_count: int = 48
     """0 leaves the answers out."""
@@ -80,7 +77,7 @@ class _Run:
     own: Subject
     base: Subject
     settings: Settings
-    report: Report
+    report: PartReport
     device: torch.device
     dtype: torch.dtype
     windows: Windows
@@ -92,7 +89,9 @@ class _Run:
     notes: list[str] = field(default_factory=list)
 
 
-def evaluate(folder: Path, against: Path, out: Path, settings: Settings, report: Report) -> Card:
+def evaluate(
+    folder: Path, against: Path, out: Path, settings: Settings, report: Report, clock: Callable[[], float]
+) -> Card:
     """Measure the model in ``folder`` (an engine folder, a checkpoint or a .gguf file) beside its base.
 
     Writes card.json, card.md and plots into ``out``, and the summary into the engine folder's record, if it has one.
@@ -102,7 +101,7 @@ def evaluate(folder: Path, against: Path, out: Path, settings: Settings, report:
     with closing(own.text):
         base = open_subject(against)
         with closing(base.text):
-            card = _measure(_prepare(own, base, settings, report))
+            card = _measure(_prepare(own, base, settings, Parts(report, clock)))
     out.mkdir(parents=True, exist_ok=True)
     plots = draw_plots(card, out)
     if not plots:
@@ -114,17 +113,17 @@ def evaluate(folder: Path, against: Path, out: Path, settings: Settings, report:
     return card
 
 
-def _prepare(own: Subject, base: Subject, settings: Settings, report: Report) -> _Run:
+def _prepare(own: Subject, base: Subject, settings: Settings, report: PartReport) -> _Run:
     path = settings.text or DEFAULT_TEXT
     if settings.text is None and not path.is_file():
         raise CompressionError("there is no text to measure perplexity on: give one with --text FILE (UTF-8)")
     content = read_text(path)
     check_comparable(own, base, content[:SAMPLE])
     length = min(settings.window_tokens, own.manifest.max_context, base.manifest.max_context)
+    if length < SHORTEST_WINDOW:
+        raise CompressionError(f"a window of {length} token has none to score; {own.name} cannot be evaluated")
     placement = choose_placement(spec_of(own, settings.device, settings.dtype, length), own.manifest.dtype)
-    usual = CPU_WINDOWS if placement.device.type == "cpu" else 0
-    most = usual if settings.windows is None else settings.windows
-    windows, count = token_windows(own.text, content, length, most or None, path.name)
+    windows, count = token_windows(own.text, content, length, settings.windows, path.name)
     questions, notes = _questions(settings)
     run = _Run(
         own,

@@ -101,13 +101,17 @@ def write_shards(files: Iterable[Path], folder: Path) -> list[Path]:
     return written
 
 
-def write_config(manifest: Manifest, quantization: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
-    """``config.json``: the base's, with the new weights' type and format."""
+def write_config(
+    manifest: Manifest, quantization: dict[str, Any], dtype: torch.dtype, folder: Path, mlp_bias: bool = False
+) -> None:
+    """``config.json``: the base's, with the new weights' type and format; ``mlp_bias``: feed-forwards have biases."""
     config = {key: value for key, value in manifest.config.items() if value is not None and key != "torch_dtype"}
     if manifest.format == "gguf":
         config |= {"architectures": [CLASSES[manifest.architecture]], "mlp_bias": False}
         if config.get("eos_token_id") and len(config["eos_token_id"]) == 1:
             config["eos_token_id"] = config["eos_token_id"][0]
+    if mlp_bias:
+        config["mlp_bias"] = True
     config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization}
     _write_json(folder / "config.json", config)
 

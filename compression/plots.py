@@ -58,8 +58,10 @@ def _speed(card: Card, left: Axes, right: Axes) -> None:
     for figures, name, color in _engines(card):
         rows = [str(speed.rows) for speed in figures.speeds]
         left.plot(rows, [speed.tokens_per_second for speed in figures.speeds], "o-", color=color, label=name)
-        right.plot(rows, [1e3 * speed.token_p50 for speed in figures.speeds], "o-", color=color, label=f"{name}, p50")
-        right.plot(rows, [1e3 * speed.token_p99 for speed in figures.speeds], "^:", color=color, label=f"{name}, p99")
+        halves = [1e3 * speed.token_p50 for speed in figures.speeds if speed.token_p50 is not None]
+        tails = [1e3 * speed.token_p99 for speed in figures.speeds if speed.token_p99 is not None]
+        right.plot(rows[: len(halves)], halves, "o-", color=color, label=f"{name}, p50")
+        right.plot(rows[: len(tails)], tails, "^:", color=color, label=f"{name}, p99")
     left.set(xlabel="sequences at once", ylabel="tokens/s", title="Throughput", ylim=(0, None))
     right.set(xlabel="sequences at once", ylabel="ms", title="Time of a token", ylim=(0, None))
     left.legend()

@@ -13,11 +13,14 @@ class Progress:
     what: str
     done: float
     total: float
+    """0: not known."""
     seconds_left: float | None
     """None before anything is done."""
 
 
 Report = Callable[[Progress], None]
+PartReport = Callable[[str, int, int], None]
+"""What is done now, how much of it, and all of it (0: not known)."""
 
 
 class Estimate:
@@ -50,3 +53,21 @@ class Estimate:
         new = self._done - self._before
         left = None if new <= 0 else (self._clock() - self._started) / new * (self._total - self._done)
         self._report(Progress(self._what, self._done, self._total, left))
+
+
+class Parts:
+    """A ``PartReport``: reports work that has several parts one after the other, each with the time that it still
+    takes itself, since what one part took says nothing about the next."""
+
+    def __init__(self, report: Report, clock: Callable[[], float]) -> None:
+        self._report = report
+        self._clock = clock
+        self._what: str | None = None
+        self._estimate: Estimate | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._estimate is None or what != self._what:
+            self._what, self._estimate = what, Estimate(self._report, self._clock, total, done)
+            self._estimate.begin(what)
+        else:
+            self._estimate.reach(done)

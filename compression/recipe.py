@@ -48,8 +48,12 @@ class LayerRule(_Part, frozen=True, kw_only=True):
 
 
 class Calibration(_Part, frozen=True, kw_only=True):
-    """How much text calibration reads."""
+    """What calibration reads, and how much of it."""
 
+    source: Literal["text", "model"] = "text"
+    """Text that is given with the command, or what the model itself writes (``compression.self_generated``)."""
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
+    """Of what the model writes."""
     windows: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 128
     tokens: Annotated[int, msgspec.Meta(ge=8, le=MOST_WINDOW_TOKENS)] = 512
     """Of each window."""
@@ -62,6 +66,22 @@ class Scaling(_Part, frozen=True, kw_only=True):
     """What a channel's scale is a power of: its mean size (AWQ), or its largest size against its weights'."""
     match: list[str] = msgspec.field(default_factory=lambda: ["*"])
     """Layers whose inputs may be scaled."""
+
+
+class Compensation(_Part, frozen=True, kw_only=True):
+    """After a decoder layer is rounded, its parameters are tuned until its output is near the full model's
+    (``compression.compensation``)."""
+
+    method: Literal["scales", "rounding"]
+    """``scales``: those of the groups, the codes stay as they are. ``rounding``: of integers each weight's code too."""
+    steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 256
+    """Of Adam, in each decoder layer."""
+    windows_per_step: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.01
+    """Of codes, in units of a code; scales move a tenth as fast, in parts of themselves. Falls to 0 over the steps."""
+    bias: Literal["none", "existing", "new"] = "none"
+    """Mean errors that biases take off: of layers that have one; or beside those of each decoder layer, whose
+    down_proj then has a bias, which Llama's config alone can express."""
 
 
 class ExpertBudget(_Part, frozen=True, kw_only=True):
@@ -83,6 +103,7 @@ class Recipe(_Part, frozen=True, kw_only=True):
     layers: Annotated[list[LayerRule], msgspec.Meta(min_length=1)]
     scaling: Scaling | None = None
     experts: ExpertBudget | None = None
+    compensation: Compensation | None = None
     calibration: Calibration | None = None
     """None: nothing has to be calibrated."""
     promise: dict[LayerClass, Share] = {}
@@ -95,7 +116,7 @@ class Recipe(_Part, frozen=True, kw_only=True):
         wants = any(rule.method == "gptq" or rule.static_input for rule in rules)
         # Without a calibration section, k-means goes by the weights alone.
         wants = wants or (self.calibration is not None and any(rule.method == "kmeans" for rule in rules))
-        return wants or self.scaling is not None or self.experts is not None
+        return wants or any(part is not None for part in (self.scaling, self.experts, self.compensation))
 
 
 def preset_names() -> list[str]:

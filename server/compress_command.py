@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from server.display import ProgressLines, show
 from server.errors import UsageError
-from server.evaluate_command import PartLines
 
-if TYPE_CHECKING:
-    from compression.progress import Progress as Step
-
+CPU_WINDOWS = 64
+"""Of the text that the card is measured on, on a CPU; slimserve evaluate takes all, which is some minutes more."""
 EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -77,11 +75,10 @@ def compress(
         device=choose_device(device),
         hessian_bytes=memory,
     )
-    bars = StepBars(console)
     try:
-        notes = run(job, bars.update, time.monotonic)
+        notes = run(job, lambda now: lines.step(*astuple(now)), time.monotonic)
     finally:
-        bars.close()
+        lines.close()
     for note in notes:
         show(console, f"note: {note}")
     if card:
@@ -89,46 +86,16 @@ def compress(
     show(console, f"wrote {out}; slimserve serve {out} serves it")
 
 
-class StepBars:
-    """What goes on: a bar with the time left on a terminal, a line for each step elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._what = ""
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
-        self._bars = Progress(*columns, console=console, transient=True)
-        self._task = self._bars.add_task("reading the model", total=None, left="")
-
-    def update(self, step: Step) -> None:
-        left = "" if step.seconds_left is None else f"{_duration(step.seconds_left)} left"
-        changed, self._what = step.what != self._what, step.what
-        if self._console.is_terminal:
-            self._bars.start()
-            self._bars.update(self._task, description=step.what, completed=step.done, total=step.total, left=left)
-        elif changed:
-            show(self._console, step.what + (f", {left}" if left else ""))
-
-    def close(self) -> None:
-        if self._console.is_terminal:
-            self._bars.stop()
-
-
 def _write_card(folder: Path, base: Path, console: Console, device: str, threads: int | None) -> None:
     from compression.card import quality_of
     from compression.evaluate import Settings, evaluate
     from server.quality import describe
 
-    lines = PartLines(console)
+    settings = Settings(windows=CPU_WINDOWS if device == "cpu" else None, device=device, threads=threads)
+    lines = ProgressLines(console)
     try:
-        written = evaluate(folder, base, folder, Settings(device=device, threads=threads), lines.update)
+        written = evaluate(folder, base, folder, settings, lambda now: lines.step(*astuple(now)), time.monotonic)
     finally:
         lines.close()
     show(console, f"{written.model} against {written.base}: {describe(quality_of(written))}")
     show(console, f"card: {folder / 'card.md'}")
-
-
-def _duration(seconds: float) -> str:
-    """For people: 45 s, 12 min, 3 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from engines.protocol import Capacity, EngineInfo, LoadProgress
 
+LINES = 10
+"""That a long step writes away from terminals."""
 _PHASES = {
     "verify": "verifying files",
     "read": "reading weights",
@@ -40,37 +42,68 @@ def show(console: Console, text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def duration(seconds: float) -> str:
+    """For people: 45 s, 12 min, 3.0 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 class ProgressLines:
-    """Shows what several things do now, each under a name; ``end`` takes a name away."""
+    """Shows what several things do now, each under a name; ``end`` takes a name away. Things that count bytes and
+    things that count steps are not shown at the same time."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
-        self._shown: dict[str, str] = {}
+        self._counts_bytes = True
+        self._tasks: dict[str, tuple[TaskID, str]] = {}
+        self._shown: dict[str, tuple[str, int]] = {}
 
     def update(self, name: str, what: str, done: int = 0, total: int = 0) -> None:
-        changed = self._shown.get(name) != what
-        self._shown[name] = what
+        """Of bytes; a ``total`` of 0 is not known. Away from terminals a line when ``what`` changes."""
+        self._say(name, (what, 0), f"{name}: {what}" + (f" ({size(total)})" if total else ""))
+        self._draw(name, f"{name}: {what}", done, total, counts_bytes=True)
+
+    def step(self, what: str, done: float, total: float, seconds_left: float | None) -> None:
+        """Of the one thing that a command does. Away from terminals a line when ``what`` changes, and ten on the way
+        from nothing to ``total``."""
+        left = "" if seconds_left is None else f"{duration(seconds_left)} left"
+        tenth = int(LINES * done / total) if total else 0
+        self._say("", (what, tenth), what + (f", {left}" if left else ""))
+        self._draw("", what, done, total, counts_bytes=False, left=left)
+
+    def _say(self, name: str, state: tuple[str, int], line: str) -> None:
+        if self._shown.get(name) != state:
+            self._shown[name] = state
+            if not self._console.is_terminal:
+                show(self._console, line)
+
+    def _draw(
+        self, name: str, description: str, done: float, total: float, *, counts_bytes: bool, left: str = ""
+    ) -> None:
         if not self._console.is_terminal:
-            if changed:
-                show(self._console, f"{name}: {what}" + (f" ({size(total)})" if total else ""))
             return
+        if self._bars is not None and counts_bytes != self._counts_bytes:
+            self.close()
         if self._bars is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            self._bars = Progress(*columns, console=self._console, transient=True)
+            of_bytes, of_steps = (DownloadColumn(), TransferSpeedColumn()), (TextColumn("{task.fields[left]}"),)
+            columns = (TextColumn("{task.description}"), BarColumn(), *(of_bytes if counts_bytes else of_steps))
+            self._bars, self._counts_bytes = Progress(*columns, console=self._console, transient=True), counts_bytes
             self._bars.start()
-        if changed and name in self._tasks:
-            self._bars.remove_task(self._tasks.pop(name))
-        if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(f"{name}: {what}", total=total or None)
-        self._bars.update(self._tasks[name], completed=done, total=total or None)
+        task = self._tasks.get(name)
+        if task is not None and task[1] != description:
+            self._bars.remove_task(task[0])
+            task = None
+        if task is None:
+            task = self._tasks[name] = self._bars.add_task(description, total=total or None, left=left), description
+        self._bars.update(task[0], completed=done, total=total or None, left=left)
 
     def end(self, name: str) -> None:
         self._shown.pop(name, None)
         task = self._tasks.pop(name, None)
         if self._bars is not None and task is not None:
-            self._bars.remove_task(task)
+            self._bars.remove_task(task[0])
         if not self._tasks:
             self.close()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from server.display import show
+from server.display import ProgressLines, show
 from server.errors import UsageError
 
 ALL = "all"
@@ -18,35 +20,8 @@ EXAMPLES = """
 
 slimserve evaluate ./small --against smollm2-135m
 
-slimserve evaluate ./small --against ./base --windows all --text wiki.txt --questions gsm8k.jsonl
+slimserve evaluate ./small --against ./base --windows 64 --text wiki.txt --questions gsm8k.jsonl
 """
-
-
-class PartLines:
-    """What goes on: a bar with the time left on a terminal, a line for each part elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._what = ""
-        self._task: TaskID | None = None
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=console, transient=True)
-
-    def update(self, what: str, done: int, total: int) -> None:
-        changed, self._what = what != self._what, what
-        if not self._console.is_terminal:
-            if changed:
-                show(self._console, what + (f" ({total})" if total else ""))
-            return
-        self._bars.start()
-        if changed and self._task is not None:
-            self._bars.remove_task(self._task)
-        if changed or self._task is None:
-            self._task = self._bars.add_task(what, total=total or None)
-        self._bars.update(self._task, completed=done, total=total or None)
-
-    def close(self) -> None:
-        self._bars.stop()
 
 
 def evaluate(
@@ -57,8 +32,8 @@ def evaluate(
     ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text for perplexity. Default: WikiText-2, if here.")] = None,
     windows: Annotated[
-        str | None, typer.Option(metavar="N|all", help="Windows of the text. Default: 64 on the CPU, else all.")
-    ] = None,
+        str, typer.Option(metavar="N|all", help="Windows of the text, evenly spread; fewer take less time.")
+    ] = ALL,
     questions: Annotated[
         Path | None, typer.Option(help="Questions as GSM8K has them, .jsonl. Default: GSM8K, if here.")
     ] = None,
@@ -77,8 +52,11 @@ def evaluate(
     from server.quality import describe
 
     console = Console()
-    lines = PartLines(console)
-    own, base = (resolve(name, lines.update) for name in (model, against))
+    lines = ProgressLines(console)
+    try:
+        own, base = (resolve(name, partial(lines.update, name)) for name in (model, against))
+    finally:
+        lines.close()
     folder = out or (own if (own / FILE_NAME).is_file() else Path(f"{own.name.removesuffix('.gguf')}-card"))
     settings = Settings(
         text=text,
@@ -91,17 +69,17 @@ def evaluate(
         threads=threads,
     )
     try:
-        card = run(own, base, folder, settings, lines.update)
+        card = run(own, base, folder, settings, lambda now: lines.step(*astuple(now)), time.monotonic)
     finally:
         lines.close()
     show(console, f"{card.model} against {card.base}: {describe(quality_of(card))}")
     show(console, f"card: {folder / 'card.md'}")
 
 
-def _windows(value: str | None) -> int | None:
-    """0 takes all."""
-    if value is None:
+def _windows(value: str) -> int | None:
+    """None takes all."""
+    if value == ALL:
         return None
-    if value != ALL and (not value.isdecimal() or not int(value)):
+    if not value.isdecimal() or not int(value):
         raise UsageError("--windows: a number from 1 up, or all")
-    return 0 if value == ALL else int(value)
+    return int(value)

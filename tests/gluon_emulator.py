@@ -104,7 +104,7 @@ MBARRIER = SimpleNamespace(
     init=_init,
     expect=_expect,
     arrive=lambda shared, count: shared.array[0].update(count),
-    wait=lambda shared, phase: shared.array[0].wait(int(phase)),
+    wait=lambda shared, phase, pred=True: shared.array[0].wait(int(phase)) if pred else None,
 )
 
 
@@ -114,6 +114,22 @@ def _copy(matrix: Any, place: Any, barrier: Shared, target: Shared, pred: Any = 
         (row, column), (rows, columns) = map(int, place), target.array.shape
         target.array[...] = matrix[row : row + rows, column : column + columns]
         barrier.array[0].update(0, -2 * rows * columns)
+
+
+class Copies(threading.local):
+    """Loads into shared memory that a partition has begun: they are there when it has waited for them."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[Shared, Pointer]] = []
+
+    def begin(self, target: Shared, source: Pointer) -> None:
+        self.begun.append((target, source))
+
+    def wait(self, running: int) -> None:
+        assert running == 0
+        for target, source in self.begun:
+            target.store(_load(source))
+        self.begun.clear()
 
 
 def _multiply(left: Any, right: Shared, sums: Any, use_acc: bool = True, is_async: bool = False) -> Values:
@@ -134,6 +150,8 @@ def _store(pointer: Pointer, values: Any, mask: Any) -> None:
 def _allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
     if layout is Barrier:
         return Shared(np.array([[Barrier()] for _ in range(shape[0])], object))
+    if dtype is np.int32:
+        return Shared(np.full(shape, np.iinfo(dtype).min))
     return Shared(np.full(shape, np.nan, np.float32))
 
 
@@ -156,14 +174,17 @@ def _specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], w
         raise errors[0]
 
 
-def _language(program: int) -> SimpleNamespace:
-    layouts = ("BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout")
+def _language(program: int, programs: int) -> SimpleNamespace:
+    registers = ("BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "DotOperandLayout")
+    layouts = (*registers, "NVMMASharedLayout", "SwizzledSharedLayout")
     return SimpleNamespace(
         **dict.fromkeys(layouts, lambda *_: None),
         int32=np.int32,
         int64=np.int64,
         float32=np.float32,
         program_id=lambda axis: _values(program),
+        num_programs=lambda axis: _values(programs),
+        inline_asm_elementwise=lambda *_, **__: None,
         arange=lambda start, end, layout: _values(np.arange(start, end)),
         zeros=lambda shape, dtype, layout: _values(np.zeros(shape, np.float32)),
         full=lambda shape, value, dtype, layout: _values(np.full(shape, value, np.float32)),
@@ -184,19 +205,30 @@ def _language(program: int) -> SimpleNamespace:
     )
 
 
-def run(module: ModuleType, kernel: str, programs: int, *arguments: Any) -> None:
-    """Run that kernel of the module as a grid of so many programs, one after the other."""
+def _kernels(module: ModuleType) -> str:
+    """The source of the module's device functions."""
     source = inspect.getsource(module)
     begin, end = source.index("@gluon.jit"), source.index(" = Launcher(")
-    code = compile(
-        "from __future__ import annotations\n" + source[begin : source.rindex("\n", begin, end)], kernel, "exec"
-    )
+    return source[begin : source.rindex("\n", begin, end)]
+
+
+def run(module: ModuleType, kernel: str, programs: int, *arguments: Any, needs: tuple[ModuleType, ...] = ()) -> None:
+    """Run that kernel of the module as a grid of so many programs, one after the other.
+
+    ``needs`` are modules from which it takes device functions.
+    """
+    source = "\n\n".join(_kernels(one) for one in (*needs, module))
+    code = compile("from __future__ import annotations\n" + source, kernel, "exec")
     for program in range(programs):
+        copies = Copies()
         names: dict[str, Any] = {
             "gluon": SimpleNamespace(jit=lambda function=None, **_: function or (lambda inner: inner)),
-            "gl": _language(program),
+            "gl": _language(program, programs),
             "mbarrier": MBARRIER,
             "tma": SimpleNamespace(async_copy_global_to_shared=_copy),
+            "async_copy": SimpleNamespace(
+                async_copy_global_to_shared=copies.begin, commit_group=lambda: None, wait_group=copies.wait
+            ),
             "fence_async_shared": lambda: None,
             "warpgroup_mma": _multiply,
             "warpgroup_mma_wait": lambda running, deps: deps[0] if len(deps) == 1 else deps,

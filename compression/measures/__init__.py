@@ -1,1 +1,1 @@
-"""What the evaluation card is made of: scores of texts, of generated answers and of classifiers, and speeds."""
+"""What the evaluation card is made of: scores of texts, and of generated answers, and speeds."""

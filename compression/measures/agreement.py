@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from compression.errors import CompressionError
+from compression.progress import PartReport
 from engines.generation.whole_prompts import WholePrompts
 from engines.models.model import Model
 
@@ -18,8 +20,6 @@ STORED_TOKENS = 64
 LOGITS_BYTES = 64 << 20
 """Of one block of logits; several such are alive at once."""
 
-Report = Callable[[str, int, int], None]
-"""What is done now, passages done, passages in all."""
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
@@ -111,8 +111,13 @@ class Scores:
     """Tokens at which both models' likeliest one is the same."""
 
 
-def compare(own: Source, base: Source, passages: Sequence[Passage], vocab: int, what: str, report: Report) -> Scores:
-    """Score all passages under both models."""
+def compare(
+    own: Source, base: Source, passages: Sequence[Passage], vocab: int, what: str, report: PartReport
+) -> Scores:
+    """Score all passages under both models; ``report`` counts passages.
+
+    Raises CompressionError where a model gives something else than probabilities.
+    """
     sums = np.zeros((5, len(passages)), np.float64)
     for index, passage in enumerate(passages):
         report(what, index, len(passages))
@@ -126,10 +131,14 @@ def compare(own: Source, base: Source, passages: Sequence[Passage], vocab: int, 
             sums[3, index] += float(divergence(theirs, ours.logprobs).double().sum())
             sums[4, index] += int((ours.best == theirs.best).sum())
     report(what, len(passages), len(passages))
+    if not np.isfinite(sums).all():
+        raise CompressionError(
+            "the model's probabilities are not numbers (NaN or infinite); compress it again, with a recipe of more bits"
+        )
     return Scores(*sums)
 
 
-def store(live: Source, passages: Sequence[Passage], vocab: int, folder: Path, what: str, report: Report) -> None:
+def store(live: Source, passages: Sequence[Passage], vocab: int, folder: Path, what: str, report: PartReport) -> None:
     """Write what ``StoredModel`` reads: 8 bytes for each of STORED_TOKENS tokens at each position."""
     for index, passage in enumerate(passages):
         report(what, index, len(passages))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from compression.card import AnswerScores
 from compression.measures.agreement import Passage, Scores
-from compression.measures.intervals import ratio_of_sums, share
+from compression.measures.intervals import ratio_if_any, share
 from compression.measures.texts import Question, final_number
 from server.text import ModelText
 
@@ -58,9 +58,9 @@ def score_answers(
         accuracy=share(sum(mine == answer for (mine, _), answer in zip(numbers, right, strict=True)), count),
         base_accuracy=share(sum(theirs == answer for (_, theirs), answer in zip(numbers, right, strict=True)), count),
         same_number=share(sum(mine == theirs for mine, theirs in numbers), count),
-        same_choice=ratio_of_sums(forced.same_best, forced.tokens),
-        kept=ratio_of_sums(kept, [max(1, len(theirs)) for theirs in tokens[1]]),
-        loss_difference=ratio_of_sums(solutions.own_loss - solutions.base_loss, solutions.tokens),
+        same_choice=ratio_if_any(forced.same_best, forced.tokens),
+        kept=ratio_if_any(kept, [len(theirs) for theirs in tokens[1]]),
+        loss_difference=ratio_if_any(solutions.own_loss - solutions.base_loss, solutions.tokens),
     )
 
 

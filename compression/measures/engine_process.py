@@ -23,13 +23,16 @@ import torch
 
 from compression.measures.energy import EnergyCounter
 from compression.measures.engine_runs import EngineRuns
+from compression.progress import PartReport
 from engines.generation.engine import GenerationEngine
-from engines.protocol import EngineLoadError, EngineSpec
+from engines.protocol import EngineLoadError, EngineSpec, SamplingParams
 
 ROWS = {"cpu": (1, 8, 32), "cuda": (1, 8, 64)}
 """Sequences at once of the three speeds, by device kind."""
 PROMPT, OUTPUT = 128, 128
-"""Tokens of each sequence whose speed is measured."""
+"""Tokens of each sequence whose speed is measured; of models with a shorter context, half of that each."""
+WARM_UP = 8
+"""Tokens of each sequence before."""
 FEWEST_INTERVALS = 300
 """Between tokens, so that three of them lie beyond the 99th percentile."""
 CAPTURE_PATIENCE = 600.0
@@ -39,7 +42,11 @@ CAPTURE_PATIENCE = 600.0
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     spec: EngineSpec
     prompts: list[list[int]] = []
-    """To be answered greedily."""
+    """To be answered."""
+    temperature: float = 0.0
+    """0: the answers are greedy."""
+    seed: int = 0
+    """Of the noise, where the temperature is above 0; each prompt has its own."""
     most: int = 0
     """Tokens of an answer."""
     ends: list[int] = []
@@ -50,13 +57,16 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """Of so many sequences at once. Times in seconds."""
 
     rows: int
+    prompt: int = PROMPT
+    """Tokens of each sequence, so ``output``."""
+    output: int = OUTPUT
     tokens_per_second: float
     """Output tokens over the whole time, prefill counted in."""
     first_token: float
     """Median, all prompts coming at once."""
-    token_p50: float
-    """Between two tokens of a sequence; so is ``token_p99``."""
-    token_p99: float
+    token_p50: float | None
+    """Between two tokens of a sequence; so is ``token_p99``. None where no sequence has two."""
+    token_p99: float | None
     joules_per_token: float | None = None
     """Of the whole device; None where no counter can be read."""
 
@@ -87,11 +97,10 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-Report: TypeAlias = Callable[[str, int, int], None]
 _Line: TypeAlias = Result | Progress | Failed
 
 
-def measure_engine(request: Request, report: Report) -> Result:
+def measure_engine(request: Request, report: PartReport) -> Result:
     """Run the request in a fresh process. Raises EngineLoadError; RuntimeError where the process dies."""
     command = [sys.executable, "-P", "-m", __spec__.name]
     with subprocess.Popen(
@@ -138,7 +147,7 @@ def main() -> None:
         say(Failed(str(error)))
 
 
-def run(request: Request, report: Report, clock: Callable[[], float]) -> Result:
+def run(request: Request, report: PartReport, clock: Callable[[], float]) -> Result:
     """Load the engine, let it answer, measure its speeds. Raises EngineLoadError."""
     report("loading", 0, 0)
     engine = GenerationEngine.load(request.spec, lambda progress: None, clock)
@@ -147,14 +156,19 @@ def run(request: Request, report: Report, clock: Callable[[], float]) -> Result:
         runs = EngineRuns(engine, clock)
         count = len(request.prompts)
         _, answers = runs.run(
-            request.prompts, request.most, request.ends, lambda done: report("answering", done, count)
+            request.prompts,
+            request.most,
+            request.ends,
+            lambda done: report("answering", done, count),
+            lambda number: SamplingParams(seed=(request.seed << 32) + number, temperature=request.temperature),
         )
         kind = engine.info.device.partition(":")[0]
+        lengths = speed_lengths(engine.capacity.max_model_len)
         speeds = []
-        for index, rows in enumerate(ROWS[kind] if request.speed else ()):
+        for index, rows in enumerate(ROWS[kind] if request.speed and lengths else ()):
             report(f"measuring {rows} at once", index, len(ROWS[kind]))
-            if rows <= runs.slots:
-                speeds.append(_speed(runs, rows, engine.info.device, engine.info.vocab_size))
+            if lengths and rows <= runs.slots:
+                speeds.append(_speed(runs, rows, lengths, engine.info.device, engine.info.vocab_size))
         return Result(
             device=engine.info.device,
             dtype=engine.info.dtype,
@@ -169,24 +183,33 @@ def run(request: Request, report: Report, clock: Callable[[], float]) -> Result:
         engine.close()
 
 
-def _speed(runs: EngineRuns, rows: int, device: str, vocab: int) -> Speed:
-    randomness = random.Random(rows)
-    prompts = [[randomness.randrange(vocab) for _ in range(PROMPT)] for _ in range(rows)]
-    runs.run(prompts, 8)
+def speed_lengths(context: int) -> tuple[int, int] | None:
+    """Tokens in and out of a sequence whose speed is measured; None where the context has no room for both."""
+    prompt, output = min(PROMPT, context // 2), min(OUTPUT, context // 2)
+    return (prompt, output) if prompt else None
+
+
+def _speed(runs: EngineRuns, rows: int, lengths: tuple[int, int], device: str, vocab: int) -> Speed:
+    randomness, (prompt, output) = random.Random(rows), lengths
+    prompts = [[randomness.randrange(vocab) for _ in range(prompt)] for _ in range(rows)]
+    runs.run(prompts, min(WARM_UP, output))
     counter = EnergyCounter(device)
     before = counter.joules()
-    traces = [runs.run(prompts, OUTPUT)[0]]
-    while sum(len(trace.intervals) for trace in traces) < FEWEST_INTERVALS:
-        traces.append(runs.run(prompts, OUTPUT)[0])
+    traces = [runs.run(prompts, output)[0]]
+    # A run of one output token has nothing between tokens, however often it is repeated.
+    while traces[-1].intervals and sum(len(trace.intervals) for trace in traces) < FEWEST_INTERVALS:
+        traces.append(runs.run(prompts, output)[0])
     after = counter.joules()
     tokens = sum(trace.output_tokens for trace in traces)
     intervals = np.array([interval for trace in traces for interval in trace.intervals])
     return Speed(
         rows=rows,
+        prompt=prompt,
+        output=output,
         tokens_per_second=tokens / sum(trace.seconds for trace in traces),
         first_token=float(np.median([first for trace in traces for first in trace.first_tokens])),
-        token_p50=float(np.quantile(intervals, 0.5)),
-        token_p99=float(np.quantile(intervals, 0.99)),
+        token_p50=float(np.quantile(intervals, 0.5)) if len(intervals) else None,
+        token_p99=float(np.quantile(intervals, 0.99)) if len(intervals) else None,
         joules_per_token=None if before is None or after is None or after <= before else (after - before) / tokens,
     )
 

@@ -1,4 +1,4 @@
-"""Greedy answers and step times of an engine, driven through its own launch and collect with two steps in flight."""
+"""Answers and step times of an engine, driven through its own launch and collect with two steps in flight."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from engines.protocol import Admit, Engine, Row, SamplingParams, StepPlan
 
 MAX_IN_FLIGHT = 2
 GREEDY = SamplingParams(seed=0, temperature=0)
+Sampling = Callable[[int], SamplingParams]
+"""How the sequence of this number draws its tokens."""
 
 
 @dataclass(slots=True)
@@ -18,6 +20,7 @@ class _Sequence:
     slot: int
     prompt: list[int]
     most: int
+    sampling: SamplingParams
     computed: int = 0
     planned: int = 0
     """Output tokens that steps launched so far give."""
@@ -64,8 +67,9 @@ class EngineRuns:
         most: int,
         ends: Collection[int] = (),
         ended: Callable[[int], None] = lambda count: None,
+        sampling: Sampling = lambda number: GREEDY,
     ) -> tuple[Trace, list[list[int]]]:
-        """All prompts at once, as far as there are slots: at most ``most`` greedy tokens after each, without the one of
+        """All prompts at once, as far as there are slots: at most ``most`` tokens after each, without the one of
         ``ends`` that ended it. ``ended`` is told how many are done.
 
         Prompt and answer together must fit into the engine's longest sequence.
@@ -80,7 +84,7 @@ class EngineRuns:
         while waiting or running or tickets:
             places = min(len(waiting), len(free))
             admitted = [
-                _Sequence(number, free.pop(), list(prompt), most)
+                _Sequence(number, free.pop(), list(prompt), most, sampling(number))
                 for number, prompt in (waiting.popleft() for _ in range(places))
             ]
             running |= {sequence.number: sequence for sequence in admitted}
@@ -132,7 +136,7 @@ class EngineRuns:
                 tokens=sequence.prompt,
                 prompt_length=len(sequence.prompt),
                 blocks=(),
-                sampling=GREEDY,
+                sampling=sequence.sampling,
             )
             for sequence in admitted
         )

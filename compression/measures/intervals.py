@@ -43,12 +43,9 @@ def ratio_of_sums(
     return Estimate(transform(float(top.sum() / bottom.sum())), transform(low), transform(high))
 
 
-def bootstrap(units: int, statistic: Callable[[np.ndarray[tuple[int], np.dtype[np.int64]]], float]) -> Estimate:
-    """Of a statistic over the picked units that is no ratio of sums, such as an F1 score."""
-    picks = np.random.default_rng(0).integers(units, size=(RESAMPLES, units))
-    drawn = [statistic(row) for row in picks]
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-    return Estimate(statistic(np.arange(units)), low, high)
+def ratio_if_any(numerators: Values, denominators: Values) -> Estimate | None:
+    """As ``ratio_of_sums``; None where there is nothing to take a ratio of."""
+    return ratio_of_sums(numerators, denominators) if np.sum(np.asarray(denominators)) else None
 
 
 def share(successes: int, trials: int) -> Estimate:

@@ -9,6 +9,7 @@ Standard input is a pipe that the API process holds: its end means that the API 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -24,6 +25,10 @@ from server.scheduler.config import SchedulerConfig
 from server.worker.flight_record import FlightRecord
 from server.worker.loop import WorkerLoop
 from server.worker.mailbox import Mailbox
+
+RARE_COLLECTIONS = (50_000, 20, 50)
+"""Of garbage in cycles, of which the loop makes hardly any: by default it is looked for so often that full searches,
+each as long as several steps, hold up every stream."""
 
 
 def exit_with_parent(address: str) -> None:
@@ -59,6 +64,7 @@ def main() -> int:
         level=arguments.log_level.upper(),
         format=f"%(asctime)s %(levelname)s worker[{os.getpid()}] %(name)s: %(message)s",
     )
+    gc.set_threshold(*RARE_COLLECTIONS)
     threading.Thread(target=exit_with_parent, args=(arguments.address,), daemon=True).start()
     config = msgspec.json.decode(arguments.scheduler_config, type=SchedulerConfig)
     mailbox = Mailbox(arguments.address)

@@ -64,8 +64,21 @@ def test_curl_streams_a_sensible_answer(quickstart: Server) -> None:
 
 
 def test_chat_answers_a_piped_question(quickstart: Server) -> None:
-    command = f"{block_with('slimserve chat').strip()} --url {quickstart.url} --temperature 0"
+    command = f"{block_with('.venv/bin/slimserve chat').strip()} --url {quickstart.url} --temperature 0"
     assert "Paris" in typed(command, quickstart, stdin="What is the capital of France?\n")
+
+
+def test_three_lines_compress_serve_and_ask(tmp_path: Path) -> None:
+    compress, serve, chat = (line.partition("#")[0].strip() for line in block_with("slimserve compress").splitlines())
+    made = subprocess.run(
+        ["bash", "-euc", compress], capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=300
+    )
+    assert made.returncode == 0, made.stderr
+    port = free_port()
+    command = [*serve.replace("./small", str(tmp_path / "small")).split(), "--port", str(port)]
+    with running("small", command, port, "/health/ready", env=environment(), log=tmp_path / "log") as server:
+        answer = typed(f"{chat} --url {server.url} --temperature 0", server, "What is the capital of France?\n")
+    assert "Paris" in answer
 
 
 def test_every_documented_page_exists() -> None:

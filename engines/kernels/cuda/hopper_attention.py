@@ -32,8 +32,8 @@ WIDTH = 128
 HALF = 64
 """Columns that lie together in shared memory, 128 bytes, and lines of a group."""
 LINES = 2 * HALF
-KEYS = 128
-STAGES = 2
+KEYS = 64
+STAGES = 3
 """Tiles of keys, and of values, in shared memory."""
 ROWS_AT_ONCE = 256
 GROUP_REGISTERS, MOVER_REGISTERS = 240, 24
@@ -44,6 +44,14 @@ SMALLEST_BLOCK = 8
 @gluon.jit
 def _add(left, right):
     return left + right
+
+
+@gluon.jit
+def _let_start():
+    """The next kernel in the stream may start while this one runs."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -239,6 +247,7 @@ def _hopper_kernel(
     MOVER_REGISTERS: gl.constexpr,
 ):
     """Grid (tiles * kv heads,), four warps: the first group. Programs that find no tile take no step."""
+    _let_start()
     dtype: gl.constexpr = queries.dtype.element_ty
     kv_head, number = gl.program_id(0) % KV_HEADS, gl.program_id(0) // KV_HEADS
     row, before, total = _find_row(query_starts, first_row, rows, number, skip_single, GROUP, ROWS_AT_ONCE)

@@ -10,7 +10,6 @@ tile see are attended to without causal masks.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -34,8 +33,10 @@ ROWS_AT_ONCE = 256
 GLUON_TRITON = "3.6."
 """Versions in which ``hopper_attention`` was measured: what it is written in changes from one to the next."""
 HOPPER = (9, 0)
-HOPPER_TILES = math.inf
-"""Tiles of 128 pairs for each processor from which on ``hopper_attention`` serves what it fits; infinity: never."""
+HOPPER_TILES = 1.0
+"""Tiles of 128 pairs for each processor from which on ``hopper_attention`` serves what it fits."""
+WALKING = False
+"""Whether ``hopper_persistent`` then serves steps of few enough rows: one program for each processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,14 +227,35 @@ def choose_tile(head_dim: int, pairs: int, processors: int, fp8: bool) -> Prefil
 
 
 @functools.cache
-def _hopper_attention(device: torch.device) -> ModuleType | None:
-    """The faster kernel's file, where this device and this Triton run it."""
+def _hopper_kernels(device: torch.device) -> tuple[ModuleType, ModuleType] | None:
+    """The faster kernels' files, where this device and this Triton run them."""
     machine = machine_at(device)
     if machine is None or machine.capability != HOPPER or not triton.__version__.startswith(GLUON_TRITON):
         return None
-    from engines.kernels.cuda import hopper_attention
+    from engines.kernels.cuda import hopper_attention, hopper_persistent
 
-    return hopper_attention
+    return hopper_attention, hopper_persistent
+
+
+def _attend_on_hopper(
+    queries: torch.Tensor,
+    cache: tuple[torch.Tensor, ...],
+    batch: AttentionBatch,
+    scale: float,
+    output: torch.Tensor,
+    tokens: int,
+    rows: int,
+) -> bool:
+    """Launches the faster kernel over at most so many tokens and rows, and says so, where there is one that fits."""
+    kernels = _hopper_kernels(queries.device)
+    if kernels is None or not kernels[0].fits(queries, cache[0]):
+        return False
+    plain, walking = kernels
+    looked_at = min(batch.context_lengths.shape[0], queries.shape[0]) - (batch.decode_rows or 0)
+    kernel = walking if WALKING and looked_at <= walking.MOST_ROWS else plain
+    tiles = tokens * (queries.shape[1] // cache[0].shape[2]) // plain.LINES
+    kernel.attend_chunks(queries, cache, batch, scale, output, tiles + rows)
+    return True
 
 
 def attend_chunks(
@@ -258,12 +280,9 @@ def attend_chunks(
     if not most:
         return False
     units, pairs = processors(queries.device), tokens * queries.shape[1]
-    if tile is None and pairs >= HOPPER_TILES * 128 * units:
-        hopper = _hopper_attention(queries.device)
-        if hopper is not None and hopper.fits(queries, keys):
-            tiles = tokens * group // hopper.LINES + most
-            hopper.attend_chunks(queries, cache, batch, scale, output, tiles)
-            return True
+    large = tile is None and pairs >= HOPPER_TILES * 128 * units
+    if large and _attend_on_hopper(queries, cache, batch, scale, output, tokens, most):
+        return True
     tile = tile or choose_tile(width, pairs, units, bool(scales))
     # A broken tile for each row.
     tiles = tokens * group // tile.pairs + most

@@ -119,6 +119,59 @@ def test_a_codebook_is_nearer_than_an_even_grid_and_nearer_yet_with_inputs(base:
     assert calibrated < plain < rounded
 
 
+SCALES = {"method": "scales", "steps": 40}
+ROUNDING = {"method": "rounding", "steps": 40, "bias": "existing"}
+
+
+def compensated(compensation: dict[str, Any], **fields: Any) -> Recipe:
+    """GPTQ at 3 bits, without and with what comes after it."""
+    rule = {"bits": 3, "group_size": 16, "symmetric": False, "method": "gptq"}
+    return recipe(rule, calibration={"windows": 8, "tokens": 32}, compensation=compensation, **fields)
+
+
+@pytest.mark.parametrize("compensation", [SCALES, ROUNDING, {**SCALES, "bias": "new"}], ids=str)
+def test_compensation_brings_the_logits_nearer(base: Path, text: Path, compensation: dict[str, Any]) -> None:
+    rule = {"bits": 3, "group_size": 16, "symmetric": False, "method": "gptq"}
+    run(job(base, recipe(rule, calibration={"windows": 8, "tokens": 32}), text, "plain"))
+    steps: list[Progress] = []
+    notes = run(job(base, compensated(compensation), text), steps)
+    assert difference(base.parent / "out", base) < difference(base.parent / "plain", base)
+    errors = [note for note in notes if "relative error of its output" in note]
+    assert len(errors) == 2
+    assert errors[0].startswith("layer 0: ")
+    assert ("with its bias" in errors[0]) == (compensation.get("bias") == "new")
+    assert [step.done for step in steps if step.what.startswith("layer ")][-1] == pytest.approx(2 / 3 * steps[-1].total)
+    config = json.loads((base.parent / "out" / "config.json").read_text())
+    assert config.get("mlp_bias", False) == (compensation.get("bias") == "new")
+
+
+def test_experts_are_compensated_too(experts: Path, text: Path) -> None:
+    notes = run(job(experts, compensated(ROUNDING), text))
+    assert any("layer 1: relative error" in note for note in notes)
+    assert difference(experts.parent / "out", experts) < 0.5
+
+
+def test_new_biases_are_for_configs_that_can_say_so(experts: Path, text: Path) -> None:
+    with pytest.raises(CompressionError, match=r"bias: new is for Llama's architecture alone.*deepseek_v2"):
+        run(job(experts, compensated({**SCALES, "bias": "new"}), text))
+
+
+def test_a_model_calibrates_on_what_it_writes(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text()) | {"bos_token_id": 257}
+    (base / "config.json").write_text(json.dumps(config))
+    wanted = recipe(
+        {"bits": 4, "group_size": 16, "method": "gptq"},
+        calibration={"source": "model", "windows": 3, "tokens": 32, "seed": 5},
+    )
+    notes = run(job(base, wanted, name="one"))
+    assert any("3 windows of 32 tokens from what the model wrote" in note for note in notes)
+    run(job(base, wanted, name="two"))
+    one, two = (base.parent / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    with pytest.raises(CompressionError, match="leave --calibration out"):
+        run(job(base, wanted, base / "config.json", "three"))
+
+
 @pytest.mark.parametrize("scaling", [None, {"rule": "smoothquant"}])
 def test_memory_for_one_hessian_alone_makes_more_passes(base: Path, text: Path, scaling: dict[str, str] | None) -> None:
     rule = {"bits": 4, "group_size": 16, "method": "gptq"}
@@ -171,7 +224,7 @@ class Killed(BaseException):
     """Stands for a signal."""
 
 
-@pytest.mark.parametrize("wanted", [INT8, GPTQ])
+@pytest.mark.parametrize("wanted", [INT8, GPTQ, compensated({"method": "rounding", "steps": 5})])
 def test_a_run_that_was_killed_goes_on_where_it_was(
     base: Path, text: Path, wanted: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

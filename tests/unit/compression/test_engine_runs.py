@@ -72,10 +72,21 @@ def test_a_request_gives_answers_and_three_speeds(folder: Path) -> None:
     assert [speed.rows for speed in result.speeds] == list(ROWS["cpu"])
     for speed in result.speeds:
         assert speed.tokens_per_second > 0
+        assert speed.token_p50 is not None
+        assert speed.token_p99 is not None
         assert 0 < speed.token_p50 <= speed.token_p99
     assert result.peak_bytes > result.weight_bytes > 0
     assert "answering" in said
     assert FEWEST_INTERVALS > OUTPUT
+
+
+@pytest.mark.parametrize(("context", "lengths"), [(40, (20, 20)), (3, (1, 1))])
+def test_speeds_fit_into_a_short_context(folder: Path, context: int, lengths: tuple[int, int]) -> None:
+    spec = tiny_spec(folder, max_batch=ROWS["cpu"][-1], max_step_tokens=256, max_model_len=context)
+    for speed in run(Request(spec=spec), lambda what, done, total: None, ticks().__next__).speeds:
+        assert (speed.prompt, speed.output) == lengths
+        assert speed.first_token > 0
+        assert (speed.token_p99 is None) == (lengths[1] == 1)
 
 
 def test_a_model_that_cannot_be_loaded_says_why() -> None:

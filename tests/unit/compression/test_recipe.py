@@ -24,7 +24,7 @@ OUTER = [LinearLayer("model.embed_tokens", 100, 64)]
 
 def test_every_preset_is_a_recipe() -> None:
     wanted = {"int8-dynamic", "w8a8", "int4-g128", "int4-g64", "deepseek-mixed", "moe-hot-cold", "kmeans-4bit"}
-    assert wanted | {"fp8", "fp8-block"} <= set(preset_names())
+    assert wanted | {"fp8", "fp8-block", "int4-g64-tuned"} <= set(preset_names())
     for name in preset_names():
         assert load_recipe(name).description
 
@@ -40,6 +40,9 @@ def test_every_preset_is_a_recipe() -> None:
         ("layers: [{match: ['*'], kind: float8, group_size: 64}]", "float8 has no groups"),
         ("layers: [{match: ['*'], method: kmeans}]", "codebook and method kmeans"),
         ("layers: [{match: ['*'], static_input: true}]", "static_input needs"),
+        ("layers: [{match: ['*']}]\ncompensation: {method: scales, step: 4}", "unknown field `step`"),
+        ("layers: [{match: ['*']}]\ncompensation: {method: magic}", "Invalid enum value 'magic'"),
+        ("layers: [{match: ['*']}]\ncalibration: {source: web}", "Invalid enum value 'web'"),
         ("- a list", "a mapping"),
         ("{", "not YAML"),
     ],

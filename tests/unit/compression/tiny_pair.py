@@ -16,12 +16,14 @@ from tests.unit.models.checkpoints import write_checkpoint
 NOISE = 0.02
 
 
-def write_pair(parent: Path) -> tuple[Path, Path]:
+def write_pair(parent: Path, context: int = 256) -> tuple[Path, Path]:
     """The noisy one and its base."""
     base, own = parent / "base", parent / "own"
-    write_model(base)
+    for folder in (base, own):
+        write_model(folder)
+        config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": context}
+        (folder / "config.json").write_text(json.dumps(config))
     tensors = write_checkpoint(base, json.loads((base / "config.json").read_text()))
-    write_model(own)
     generator = torch.Generator().manual_seed(5)
     noisy = {
         name: tensor + NOISE * tensor.std() * torch.randn(tensor.shape, generator=generator)

@@ -1,0 +1,1 @@
+"""What is done after rounding so that the compressed layers compute nearly what the full ones do."""
