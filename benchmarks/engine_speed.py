@@ -3,6 +3,7 @@
     python -m benchmarks.engine_speed                                   # all models and columns, offline
     python -m benchmarks.engine_speed --models r1-1.5b --columns b1 b64 --http --start
     python -m benchmarks.engine_speed --models r1-7b --profile b1
+    python -m benchmarks.engine_speed --models r1-7b --dtype int4 --columns b1 b8 b64
 
 Columns: bN is N requests at once, 512 tokens in and 128 out (b1: 128 in, 256 out); mix is 256 requests of 100-1024 in
 and 100-1024 out; prefill is 32 prompts of 2048 tokens, where all tokens count. Random weights, fresh random prompts,
@@ -89,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=list(PUBLISHED))
     parser.add_argument("--columns", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights; int4, int8 and fp8 are quantized")
     parser.add_argument("--repeats", type=int, help="runs that count, for every column")
     parser.add_argument("--http", action="store_true", help="b64 also as 64 streams over the real server")
     parser.add_argument("--start", action="store_true", help="also start-up by phase, on a folder written for it")

@@ -9,8 +9,10 @@ import torch
 
 from engines.models.config import DecoderConfig, DeepseekConfig, ModelConfig
 
-WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-"""Bytes of one weight by format."""
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int4": 0.5 + 2 / 128, "int8": 1.0, "fp8": 1.0}
+"""Bytes of one weight by format, scales of groups included."""
+QUANTIZED_HEAD = 2.0
+"""The same of the output layer beside quantized ones."""
 GPU_BUFFER, CPU_BUFFER = 4 << 30, 256 << 20
 PASSES, TRIALS = 6, 2
 
@@ -54,7 +56,9 @@ def _latent_attention(config: DeepseekConfig) -> int:
 
 def decode_bytes(config: ModelConfig, weights: str, kv_token_bytes: float, contexts: Sequence[int]) -> float:
     """Bytes that one decode step must read; ``contexts`` holds the tokens that each row attends to."""
-    return decode_weights(config, len(contexts)) * WEIGHT_BYTES[weights] + kv_token_bytes * sum(contexts)
+    size = WEIGHT_BYTES[weights]
+    head = config.vocab * config.hidden * max(QUANTIZED_HEAD - size, 0.0)
+    return decode_weights(config, len(contexts)) * size + head + kv_token_bytes * sum(contexts)
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -110,13 +110,45 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+EIGHT_BITS = {"num_bits": 8, "symmetric": True, "dynamic": False, "strategy": "channel"}
+EACH_TOKEN = {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}
+QUANTIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "int4": (
+        "pack-quantized",
+        {"weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}},
+    ),
+    "int8": (
+        "int-quantized",
+        {"weights": EIGHT_BITS | {"type": "int"}, "input_activations": EACH_TOKEN | {"type": "int"}},
+    ),
+    "fp8": (
+        "float-quantized",
+        {"weights": EIGHT_BITS | {"type": "float"}, "input_activations": EACH_TOKEN | {"type": "float"}},
+    ),
+}
+"""Formats of random quantized weights, as compressed-tensors says them: 4 bits in groups of 128; 8 bits, integer or
+float, one scale a line, with inputs rounded to 8 bits token by token. All keep the head in 16 bits."""
+
 MODEL_LEN = 4096
 """Longest sequence, in tokens, that the benchmarks ask the engine for."""
 
 
-def config_folder(parent: Path, model: str) -> Path:
-    """A folder under ``parent`` with nothing but the model's ``config.json``."""
+def config_folder(parent: Path, model: str, weights: str = "") -> Path:
+    """A folder under ``parent`` with nothing but the model's ``config.json``; ``weights``: one of ``QUANTIZED``."""
     folder = parent / model
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIGS[model]))
+    quantized = {"quantization_config": quantization_config(weights)} if weights in QUANTIZED else {}
+    (folder / "config.json").write_text(json.dumps(CONFIGS[model] | quantized))
     return folder
+
+
+def quantization_config(weights: str) -> dict[str, Any]:
+    """What the config of such a model says; ``weights``: one of ``QUANTIZED``."""
+    layout, scheme = QUANTIZED[weights]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], **scheme}},
+        "ignore": ["lm_head"],
+    }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.model_configs import MODEL_LEN, config_folder
+from benchmarks.model_configs import MODEL_LEN, QUANTIZED, config_folder
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,16 @@ def random_weights_server(model: str, dtype: str) -> Iterator[Server]:
     """``slimserve serve`` with the shapes of ``model``, which it calls ``random``. Experts are drawn uniformly."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        entry: dict[str, object] = {"name": "random", "source": str(config_folder(folder, model)), "random_weights": 0}
-        entry |= {"dtype": dtype, "max_model_len": MODEL_LEN, "uniform_routing": True}
+        entry: dict[str, object] = {
+            "name": "random",
+            "source": str(config_folder(folder, model, dtype)),
+            "random_weights": 0,
+        }
+        entry |= {
+            "dtype": "bfloat16" if dtype in QUANTIZED else dtype,
+            "max_model_len": MODEL_LEN,
+            "uniform_routing": True,
+        }
         config = folder / "config.yaml"
         config.write_text(json.dumps({"models": [entry]}))
         port = free_port()

@@ -32,6 +32,12 @@ class Values(np.ndarray[Any, Any]):
     def type(self) -> Any:
         return SimpleNamespace(layout=None)
 
+    def permute(self, order: tuple[int, ...]) -> Values:
+        return self.transpose(order)
+
+    def split(self) -> tuple[Values, Values]:
+        return _values(self[..., 0]), _values(self[..., 1])
+
 
 def _values(array: Any) -> Values:
     return np.asarray(array).view(Values)
@@ -54,6 +60,10 @@ class Shared:
 
     def __init__(self, array: Any) -> None:
         self.array = array
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
 
     def index(self, index: Any) -> Shared:
         return Shared(self.array[int(index)])
@@ -103,16 +113,18 @@ MBARRIER = SimpleNamespace(
     MBarrierLayout=lambda: Barrier,
     init=_init,
     expect=_expect,
-    arrive=lambda shared, count: shared.array[0].update(count),
+    arrive=lambda shared, count, pred=True: shared.array[0].update(count) if pred else None,
     wait=lambda shared, phase, pred=True: shared.array[0].wait(int(phase)) if pred else None,
 )
 
 
 def _copy(matrix: Any, place: Any, barrier: Shared, target: Shared, pred: Any = True) -> None:
-    """Of 16-bit numbers: two bytes each."""
+    """Of 16-bit numbers: two bytes each. Outside the matrix are zeros."""
     if pred:
         (row, column), (rows, columns) = map(int, place), target.array.shape
-        target.array[...] = matrix[row : row + rows, column : column + columns]
+        inside = matrix[row : row + rows, column : column + columns]
+        target.array[...] = 0
+        target.array[: inside.shape[0], : inside.shape[1]] = inside
         barrier.array[0].update(0, -2 * rows * columns)
 
 
@@ -132,19 +144,61 @@ class Copies(threading.local):
         self.begun.clear()
 
 
+class Stores(threading.local):
+    """Copies out of shared memory that a partition has begun: they read it when the partition waits for them."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[Any, int, int, Shared]] = []
+
+    def begin(self, matrix: Any, place: Any, source: Shared) -> None:
+        row, column = map(int, place)
+        self.begun.append((matrix, row, column, source))
+
+    def wait(self, running: int) -> None:
+        assert running == 0
+        for matrix, row, column, source in self.begun:
+            inside = matrix[row : row + source.array.shape[0], column : column + source.array.shape[1]]
+            inside[...] = source.array[: inside.shape[0], : inside.shape[1]]
+        self.begun.clear()
+
+
+ASSEMBLY: dict[str, Callable[[Any], Any]] = {
+    "ex2.approx.ftz.f32 $0, $1;": np.exp2,
+    "rcp.approx.ftz.f32 $0, $1;": lambda x: 1 / x,
+}
+"""What is known of it that computes something."""
+
+
+def _assembly(text: str, constraints: str, operands: list[Any], **_: Any) -> Any:
+    return _values(ASSEMBLY[text](operands[0])) if operands else None
+
+
 def _multiply(left: Any, right: Shared, sums: Any, use_acc: bool = True, is_async: bool = False) -> Values:
     operand = left.array if isinstance(left, Shared) else np.asarray(left)
     return _values((np.asarray(sums) if use_acc else 0) + operand @ right.array)
 
 
-def _load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Values:
+def _multiply_registers(left: Any, right: Any, sums: Any) -> Values:
+    return _values(np.asarray(sums) + np.asarray(left) @ np.asarray(right))
+
+
+def _load(pointer: Pointer, mask: Any = True, other: Any = 0, cache_modifier: str = "") -> Values:
     present = np.broadcast_to(np.asarray(mask), pointer.offset.shape)
     return _values(np.where(present, pointer.array[np.where(present, pointer.offset, 0)], other))
 
 
-def _store(pointer: Pointer, values: Any, mask: Any) -> None:
+def _store(pointer: Pointer, values: Any, mask: Any = True) -> None:
     present = np.broadcast_to(np.asarray(mask), pointer.offset.shape)
-    pointer.array[pointer.offset[present]] = np.asarray(values)[present]
+    pointer.array[pointer.offset[present]] = np.broadcast_to(np.asarray(values), pointer.offset.shape)[present]
+
+
+def _atomic_add(pointer: Pointer, values: Any, mask: Any = True, sem: str = "", scope: str = "gpu") -> Values:
+    """Elsewhere than where it adds there is anything."""
+    shape = pointer.offset.shape
+    present, added = np.broadcast_to(np.asarray(mask), shape), np.broadcast_to(np.asarray(values), shape)
+    found = np.where(present, pointer.array[np.where(present, pointer.offset, 0)], np.iinfo(np.int32).max)
+    np.add.at(pointer.array, pointer.offset[present], added[present])
+    return _values(found)
 
 
 def _allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
@@ -184,22 +238,26 @@ def _language(program: int, programs: int) -> SimpleNamespace:
         float32=np.float32,
         program_id=lambda axis: _values(program),
         num_programs=lambda axis: _values(programs),
-        inline_asm_elementwise=lambda *_, **__: None,
+        inline_asm_elementwise=_assembly,
         arange=lambda start, end, layout: _values(np.arange(start, end)),
         zeros=lambda shape, dtype, layout: _values(np.zeros(shape, np.float32)),
         full=lambda shape, value, dtype, layout: _values(np.full(shape, value, np.float32)),
         load=_load,
         store=_store,
+        atomic_add=_atomic_add,
         where=lambda *parts: _values(np.where(*parts)),
+        join=lambda left, right: _values(np.stack([left, right], -1)),
         minimum=lambda left, right: _values(np.minimum(left, right)),
         maximum=lambda left, right: _values(np.maximum(left, right)),
         exp2=lambda x: _values(np.exp2(x)),
+        log2=lambda x: _values(np.log2(x)),
+        rsqrt=lambda x: _values(1 / np.sqrt(x)),
         sum=lambda x, axis: _values(np.sum(np.asarray(x), axis)),
         max=lambda x, axis: _values(np.max(np.asarray(x), axis)),
         associative_scan=lambda x, axis, function: _values(np.cumsum(np.asarray(x), axis)),
         static_range=range,
         thread_barrier=lambda: None,
-        convert_layout=lambda x, layout: x,
+        convert_layout=lambda x, layout, assert_trivial=False: x,
         allocate_shared_memory=_allocate,
         warp_specialize=_specialize,
     )
@@ -208,8 +266,8 @@ def _language(program: int, programs: int) -> SimpleNamespace:
 def _kernels(module: ModuleType) -> str:
     """The source of the module's device functions."""
     source = inspect.getsource(module)
-    begin, end = source.index("@gluon.jit"), source.index(" = Launcher(")
-    return source[begin : source.rindex("\n", begin, end)]
+    begin, end = source.index("@gluon.jit"), source.find(" = Launcher(")
+    return source[begin:] if end < 0 else source[begin : source.rindex("\n", begin, end)]
 
 
 def run(module: ModuleType, kernel: str, programs: int, *arguments: Any, needs: tuple[ModuleType, ...] = ()) -> None:
@@ -220,16 +278,19 @@ def run(module: ModuleType, kernel: str, programs: int, *arguments: Any, needs: 
     source = "\n\n".join(_kernels(one) for one in (*needs, module))
     code = compile("from __future__ import annotations\n" + source, kernel, "exec")
     for program in range(programs):
-        copies = Copies()
+        copies, stores = Copies(), Stores()
         names: dict[str, Any] = {
             "gluon": SimpleNamespace(jit=lambda function=None, **_: function or (lambda inner: inner)),
             "gl": _language(program, programs),
             "mbarrier": MBARRIER,
-            "tma": SimpleNamespace(async_copy_global_to_shared=_copy),
+            "tma": SimpleNamespace(
+                async_copy_global_to_shared=_copy, async_copy_shared_to_global=stores.begin, store_wait=stores.wait
+            ),
             "async_copy": SimpleNamespace(
                 async_copy_global_to_shared=copies.begin, commit_group=lambda: None, wait_group=copies.wait
             ),
             "fence_async_shared": lambda: None,
+            "mma_v2": _multiply_registers,
             "warpgroup_mma": _multiply,
             "warpgroup_mma_wait": lambda running, deps: deps[0] if len(deps) == 1 else deps,
         }

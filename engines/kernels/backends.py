@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engines.kernels.cuda import TritonKernels, shared_triton
+from engines.kernels.cuda import TritonKernels
+from engines.kernels.cuda import shared_triton as shared_triton
 from engines.kernels.native import shared_native
 from engines.kernels.native.library import TYPE_CODES
 from engines.kernels.reference import FP8

@@ -16,8 +16,17 @@ from torch.nn import functional
 from engines.kernels import backends, reference
 from engines.kernels.cuda.scratch import counters
 from engines.kernels.elementwise import silu_mul
-from engines.kernels.linear import Fusion, PackedLinear, PackedWeight, RmsNorm, linear, pack_linear
+from engines.kernels.linear import (
+    SKINNY_TYPES,
+    Fusion,
+    PackedLinear,
+    PackedWeight,
+    RmsNorm,
+    linear,
+    pack_linear,
+)
 from engines.kernels.matrices import Matrix
+from engines.kernels.quantized_experts import QuantizedStacks, pack_stacks
 
 
 class RoutedBatch(Protocol):
@@ -95,6 +104,8 @@ class PackedExperts:
     """Beside them: gate and up, down."""
     stacks: Stacks | None
     """Otherwise: all of them."""
+    quantized: QuantizedStacks | None = None
+    """Or the routed ones, on a GPU where some of them are quantized, in place of ``gate_up`` and ``down``."""
 
 
 def pack_experts(
@@ -107,10 +118,15 @@ def pack_experts(
     everything = [*down, shared[1], *(part for parts in (*gate_up, shared[0]) for part in parts)]
     plain = [matrix for matrix in everything if isinstance(matrix, torch.Tensor) and not matrix.is_cpu]
     if len(plain) < len(everything):
+        both = (pack_linear(*shared[0]), pack_linear(shared[1]))
+        device = (down[0] if isinstance(down[0], torch.Tensor) else down[0].codes).device
+        if device.type != "cpu" and (quantized := pack_stacks(gate_up, down, experts_per_token)) is not None:
+            counters(device)
+            return PackedExperts((), (), both, None, quantized)
         return PackedExperts(
             tuple(pack_linear(*parts) for parts in gate_up),
             tuple(pack_linear(matrix) for matrix in down),
-            (pack_linear(*shared[0]), pack_linear(shared[1])),
+            both,
             None,
         )
     counters(plain[0].device)
@@ -156,6 +172,8 @@ def mixture(
             normed = norm(hidden)
             weights, experts = choose(normed, router, batch)
             return triton.sorted_mixture(hidden, normed, weights, experts, stacks, batch.cache_slots)
+    if packed.quantized is not None:
+        return _quantized_mixture(hidden, norm, router, packed, packed.quantized, batch)
     return _composed(hidden, norm, router, packed, batch)
 
 
@@ -164,6 +182,26 @@ def _fits_kernel(router: Router) -> bool:
     rule, experts = router.rule, router.weight.out_features
     plain = rule.scoring == "softmax" and rule.groups == 1 and router.correction is None
     return plain and 16 <= experts <= 256
+
+
+def _quantized_mixture(
+    hidden: torch.Tensor,
+    norm: RmsNorm,
+    router: Router,
+    packed: PackedExperts,
+    stacks: QuantizedStacks,
+    batch: RoutedBatch,
+) -> torch.Tensor:
+    """The kernels read 16-bit floats; what is wider goes through bfloat16, whose range it may need."""
+    stream = hidden if hidden.dtype in SKINNY_TYPES else hidden.bfloat16()
+    triton = backends.triton_for(stream)
+    assert triton is not None, "weights in its layout are packed only where there is Triton"
+    if _fits_kernel(router) and stream.dtype is torch.bfloat16:
+        routed = triton.route(stream, norm.weight, norm.eps, router, batch)
+    else:
+        normed = norm(stream)
+        routed = triton.routed(normed, *choose(normed, router, batch), batch.cache_slots)
+    return triton.quantized_mixture(_add_shared(stream, norm, packed), routed, stacks).to(hidden.dtype)
 
 
 def _composed(

@@ -17,6 +17,7 @@ from engines.kernels.cuda import TritonKernels
 from engines.kernels.cuda.tuning import MOST_ROWS, WEIGHT_ALIGNMENT
 from engines.kernels.matrices import Matrix, stack_rows
 from engines.kernels.quantized import QuantizedLinear, pack_quantized
+from engines.kernels.quantized_gpu import GpuQuantized
 
 INVARIANT_ROWS = 8
 """Without the library, float32 products on the CPU run on a multiple of so many rows: below it BLAS picks another
@@ -161,6 +162,8 @@ def add_linear(
     fusion = Fusion(residual=stream.hidden, reuse=True)
     if isinstance(packed, PackedLinear) and (added := _skinny(Stream(x), packed, bias, fusion, next_norm)) is not None:
         return added
+    if isinstance(packed, GpuQuantized) and (summed := _codes(Stream(x), packed, bias, fusion, next_norm)) is not None:
+        return summed
     return Stream(_composed(x, packed, bias, fusion))
 
 
@@ -168,6 +171,8 @@ def _apply(stream: Stream, packed: PackedWeight, bias: torch.Tensor | None, fusi
     """As ``linear``; ``fusion.into`` need not be heeded."""
     if isinstance(packed, PackedLinear) and (output := _skinny(stream, packed, bias, fusion)) is not None:
         return output.hidden
+    if isinstance(packed, GpuQuantized) and (result := _codes(stream, packed, bias, fusion)) is not None:
+        return result.hidden
     return _composed(stream.hidden, packed, bias, fusion)
 
 
@@ -179,8 +184,11 @@ def _composed(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, 
         return _quantized(x, packed, bias, fusion)
     if fusion.norm is not None:
         x = fusion.norm(x)
-    if packed.layout == "turned" and bias is None and not fusion.gated:
-        return _blas(x, packed.weight, fusion)
+    if packed.layout == "turned" and bias is None:
+        if not fusion.gated:
+            return _blas(x, packed.weight, fusion)
+        if (output := _gated_together(x, packed.weight, fusion)) is not None:
+            return output
     return compose_output(product(x, packed, bias), fusion)
 
 
@@ -196,6 +204,16 @@ def _blas(x: torch.Tensor, weight: torch.Tensor, fusion: Fusion) -> torch.Tensor
     else:
         output = x.mm(weight)
     return output if dtype is None else output.to(dtype)
+
+
+def _gated_together(x: torch.Tensor, weight: torch.Tensor, fusion: Fusion) -> torch.Tensor | None:
+    """A gated product of many rows in one kernel; None where that does not fit or is slower."""
+    if fusion.residual is not None or fusion.dtype not in (None, x.dtype):
+        return None
+    if x.dtype not in SKINNY_TYPES or x.dtype is not weight.dtype or not weight.t().is_contiguous():
+        return None
+    triton = backends.triton_for(x)
+    return None if triton is None else triton.gated_linear(x, weight.t(), fusion.into)
 
 
 def _quantized(x: torch.Tensor, packed: QuantizedLinear, bias: torch.Tensor | None, fusion: Fusion) -> torch.Tensor:
@@ -258,6 +276,22 @@ def _skinny(
         handover,
     )
     return Stream(output, handover)
+
+
+def _codes(
+    stream: Stream, packed: GpuQuantized, bias: torch.Tensor | None, fusion: Fusion, next_norm: RmsNorm | None = None
+) -> Stream | None:
+    """``linear`` in one kernel on a quantized weight; None where that does not fit or is slower."""
+    x, handed, handover = stream.hidden, stream.handover, None
+    config = packed.config(x, fusion)
+    if config is None:
+        return None
+    if handed is not None and not (packed.takes_handover and handed.norm is fusion.norm):
+        handed = None
+    if next_norm is not None and (tiles := packed.handed_tiles(x, config)):
+        rows, lines = x.shape[0], packed.out_features
+        handover = Handover(next_norm, x.new_empty(rows, lines), x.new_empty(rows, tiles, dtype=torch.float32))
+    return Stream(packed.run(x, config, bias, fusion, handed, handover), handover)
 
 
 def _skinny_kernels(x: torch.Tensor, packed: PackedLinear, fusion: Fusion) -> TritonKernels | None:

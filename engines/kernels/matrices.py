@@ -178,11 +178,11 @@ def stack_rows(matrices: list[Matrix]) -> Matrix | None:
 
 def _same(matrices: list[Matrix]) -> bool:
     """Whether all have one format and may share its per-input parts."""
-    keys = [_format(each) for each in matrices]
+    keys = [matrix_format(each) for each in matrices]
     return all(key is not None and key == keys[0] for key in keys)
 
 
-def _format(matrix: Matrix) -> tuple[object, ...] | None:
+def matrix_format(matrix: Matrix) -> tuple[object, ...] | None:
     """What matrices must have in common to be stacked; None for one that cannot be."""
     if isinstance(matrix, torch.Tensor):
         return ("plain", matrix.dtype)

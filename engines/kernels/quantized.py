@@ -9,6 +9,7 @@ import torch
 
 from engines.kernels.matrices import QuantizedMatrix
 from engines.kernels.quantized_cpu import pack_native
+from engines.kernels.quantized_gpu import pack_gpu
 
 if TYPE_CHECKING:
     from engines.kernels.linear import Fusion
@@ -57,7 +58,7 @@ class PlainQuantized:
 
 def pack_quantized(matrix: QuantizedMatrix) -> QuantizedLinear:
     """The fastest implementation that there is for this matrix on its device."""
-    packed = pack_native(matrix) if matrix.codes.is_cpu else None
+    packed = pack_native(matrix) if matrix.codes.is_cpu else pack_gpu(matrix)
     return packed or PlainQuantized(matrix)
 
 

@@ -19,8 +19,8 @@ INPUT_INT8_SCALE, INPUT_FLOAT8_SCALE = torch.tensor(LARGEST_INPUT / 127), torch.
 
 
 def even_scale(in_features: int, bits: int) -> torch.Tensor:
-    """() float32: for codes that are uniformly distributed over ``bits`` bits."""
-    return torch.tensor(in_features**-0.5 * math.sqrt(12) / (1 << bits))
+    """() float32, of 16 bits as files have it: for codes that are uniformly distributed over ``bits`` bits."""
+    return torch.tensor(in_features**-0.5 * math.sqrt(12) / (1 << bits)).bfloat16().float()
 
 
 def float8_scale(in_features: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,7 +18,7 @@ from tests.unit.kernels.paged import Row
 
 pytest.importorskip("triton")
 
-from engines.kernels.cuda import decode_attention, prefill_attention
+from engines.kernels.cuda import decode_attention, device, prefill_attention
 from engines.kernels.cuda.scratch import counters
 
 CASES = [
@@ -66,6 +67,43 @@ def test_decode_in_every_division(splits: int, keys: int, warps: int) -> None:
     assert close(result, step.expected())
     step.check_cache()
     assert not counters(DEVICE).arrivals.any()
+    assert not counters(DEVICE).drawn.any()
+
+
+@pytest.fixture
+def hopper_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of decodes go to the kernel for Hopper, whatever their rows."""
+    if torch.cuda.get_device_capability() != device.HOPPER:
+        pytest.skip("only Hopper has it")
+    monkeypatch.setattr(decode_attention, "HOPPER_ROWS", range(1, 5000))
+
+
+@pytest.mark.usefixtures("hopper_decodes")
+@pytest.mark.parametrize("splits", [None, 1, 3, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "normed"), [(12, 2, False), (28, 4, True), (16, 1, True)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decode_on_hopper(heads: int, kv_heads: int, normed: bool, dtype: torch.dtype, splits: int | None) -> None:
+    angles = torch.rand(MOST_POSITIONS, 64, device=DEVICE) * 6
+    shape = dataclasses.replace(
+        random_shape(heads, kv_heads, 128, dtype, normed), cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1)
+    )
+    for contexts in (some_contexts(), [random.randrange(900, 4000)], [random.randrange(1, 300) for _ in range(70)]):
+        step = Step(random_rows(contexts), shape, dtype)
+        result = decode_attention.attend_fused(
+            step.qkv.to(DEVICE), shape, step.cache, to_device(step.batch), splits=splits
+        )
+        assert close(result, step.expected())
+        step.check_cache()
+        assert not counters(DEVICE).arrivals.any()
+
+
+@pytest.mark.usefixtures("hopper_decodes")
+@pytest.mark.parametrize(("rows", "capacity"), [(1, 1), (3, 4), (60, 64), (140, 256)])
+def test_captured_decode_on_hopper(rows: int, capacity: int) -> None:
+    def make() -> list[Row]:
+        return random_rows([1000, *(random.randrange(1, 1000) for _ in range(rows - 1))])
+
+    replay_over_steps(same_sized(make, capacity, capacity))
 
 
 MIXED = [(40, 40), (2, 2), (300, 7), (520, 520), (131, 2), (1500, 200)]
@@ -101,13 +139,13 @@ def test_mixed_steps(heads: int, kv_heads: int, width: int, normed: bool, dtype:
         step.check_cache()
 
 
-@pytest.fixture(params=[False, True])
+@pytest.fixture(params=["plain", "walking"])
 def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of any size go to the kernel that else takes large ones, or to that whose programs walk over tiles."""
-    if torch.cuda.get_device_capability() != prefill_attention.HOPPER:
+    if torch.cuda.get_device_capability() != device.HOPPER:
         pytest.skip("only Hopper has it")
     monkeypatch.setattr(prefill_attention, "HOPPER_TILES", 0.0)
-    monkeypatch.setattr(prefill_attention, "WALKING", request.param)
+    monkeypatch.setattr(prefill_attention, "WALKING_TILES", 0.0 if request.param == "walking" else math.inf)
 
 
 LONG_PROMPTS = [(128, 128), (129, 129), (255, 127), (16, 15), (700, 700), (1029, 260), (21, 21), (2500, 2100), (2, 2)]
@@ -185,6 +223,7 @@ def replay_over_steps(steps: Sequence[tuple[Step, Batch]], fp8: bool = False) ->
         assert close(result, step.expected(), fp8)
         step.check_cache()
     assert not counters(DEVICE).arrivals.any()
+    assert not counters(DEVICE).drawn.any()
 
 
 def same_sized(

@@ -223,3 +223,20 @@ def test_a_chain_of_layers_in_a_graph(config: SkinnyConfig) -> None:
             # Rounded where the kernel rounds, so that only its own error is measured.
             expected = expected.to(torch.bfloat16).double()
         assert float((result.double() - expected).norm() / expected.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "lines", "depth"), [(257, 208, 72), (1000, 5632, 2048), (4133, 17920, 1536)])
+def test_products_of_many_rows_are_gated_where_they_are_summed(
+    rows: int, lines: int, depth: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not machine_of(0).hopper:
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setattr("engines.kernels.cuda.gated.FEWEST_WAVES", 0)
+    case = LinearCase.draw(rows, lines, depth, dtype, DEVICE, gated=True)
+    behind = torch.full((rows + 64, lines // 2), torch.nan, dtype=dtype, device=DEVICE)
+    fusion = Fusion(gated=True, into=behind[:rows])
+    result = kernels.linear(case.x, kernels.pack_linear(case.weight), fusion=fusion)
+    assert case.distance(result) < TOLERANCE[dtype]
+    assert bool(behind[rows:].isnan().all())
+    assert torch.equal(kernels.linear(case.x, kernels.pack_linear(case.weight), fusion=Fusion(gated=True)), result)

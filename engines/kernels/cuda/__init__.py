@@ -43,10 +43,14 @@ class TritonKernels:
             decode_attention,
             elementwise,
             embedding,
+            gated,
             mixture,
             mla,
             mla_prefill,
             prefill_attention,
+            quantized,
+            quantized_experts,
+            quantized_rows,
             sampling,
             skinny,
         )
@@ -63,11 +67,21 @@ class TritonKernels:
         self.mixture = mixture.mixture
         self.sorted_mixture = mixture.sorted_mixture
         self.embed = embedding.embed
+        self.gated_linear = gated.gated_linear
         self.rms_norm = elementwise.rms_norm
         self.silu_mul = elementwise.silu_mul
         self.rope_ = elementwise.rope_
         self.rope_write_kv = elementwise.rope_write_kv
         self.write_cache = elementwise.write_cache
+        self.quantized_config = quantized.quantized_config
+        self.quantized_linear = quantized.quantized_linear
+        self.handed_quantized_tiles = quantized.handed_tiles
+        self.dequantized_product = quantized.dequantized_product
+        self.route = quantized_experts.route
+        self.routed = quantized_experts.routed
+        self.quantized_mixture = quantized_experts.quantized_mixture
+        self.round_rows = quantized_rows.round_rows
+        self.scale_sums = quantized_rows.scale_sums
         self.gumbel_noise = sampling.gumbel_noise
         self.reserve_skinny = skinny.reserve
         self.skinny_config = skinny.skinny_config

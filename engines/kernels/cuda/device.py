@@ -8,6 +8,10 @@ import torch
 
 from engines.kernels.cuda.tuning import Machine, machine_of
 
+HOPPER = (9, 0)
+GLUON_TRITON = "3.6."
+"""Versions in which the kernels for Hopper were measured: what they are written in changes from one to the next."""
+
 _rehearsed: Machine | None = None
 
 
@@ -44,3 +48,12 @@ def starts_early(device: torch.device) -> bool:
     """Whether a kernel can start while the one before it runs (programmatic dependent launch)."""
     machine = machine_at(device)
     return machine is not None and machine.capability >= (9, 0)
+
+
+@functools.cache
+def runs_gluon(device: torch.device) -> bool:
+    """Whether this device and this Triton run the kernels for Hopper."""
+    import triton
+
+    machine = machine_at(device)
+    return machine is not None and machine.capability == HOPPER and triton.__version__.startswith(GLUON_TRITON)

@@ -1,12 +1,8 @@
 """The kernel of ``hopper_attention`` with one program for each processor, which walks over tiles of all rows.
 
 A tile's first keys and its queries are on their way while the tile before is still multiplied, its first scores are
-computed together with that tile's last sums, and that tile's results are written while the next one runs. Tiles are
-taken in the order of the keys that they attend to, most first: its *level* is the tile's place in a row's context,
-cached tokens included, in tiles.
-
-The moving warp finds the tiles and leaves a note of each for the other two groups, before the second load of the tile
-before it: who has waited for that load may read the note.
+computed together with that tile's last sums, and that tile's results are written while the next one runs. In what order
+tiles are taken, and by whom, is told in ``hopper_tiles``.
 """
 
 from __future__ import annotations
@@ -18,162 +14,21 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from engines.kernels.cuda.attention import LOG2_E
 from engines.kernels.cuda.device import processors
-from engines.kernels.cuda.hopper_attention import HALF, KEYS, STAGES, WIDTH, _add, _let_start, _softmax
+from engines.kernels.cuda.hopper_attention import HALF, KEYS, STAGES, WIDTH, _let_start, _softmax
+from engines.kernels.cuda.hopper_tiles import find_tile, keys_seen, levels, move_tiles, noted
 from engines.kernels.cuda.launch import Launcher, Tiled
+from engines.kernels.cuda.scratch import counters
 from engines.kernels.reference import AttentionBatch
 
 MOST_ROWS = 256
 """That a program orders the tiles of."""
 GROUP_REGISTERS, MOVER_REGISTERS = 216, 80
-
-
-@gluon.jit
-def _levels(
-    query_starts, context_lengths, first_row, rows, skip_single, GROUP: gl.constexpr, ROWS: gl.constexpr,
-    WARPS: gl.constexpr
-):  # fmt: skip
-    """Each row's lowest level, its tiles, the level above all, and tiles of all rows."""
-    layout: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [WARPS], [0])  # each warp for itself
-    row = first_row + gl.arange(0, ROWS, layout=layout)
-    start = gl.load(query_starts + row, mask=row < rows, other=0)
-    count = gl.load(query_starts + row + 1, mask=row < rows, other=0) - start
-    context = gl.load(context_lengths + row, mask=row < rows, other=0)
-    tiles = gl.where((count == 1) & (skip_single != 0), 0, (count * GROUP + 127) // 128)
-    lowest = (context - count) * GROUP // 128
-    return lowest, tiles, gl.max(gl.where(tiles > 0, lowest + tiles, 0), 0), gl.sum(tiles, 0)
-
-
-@gluon.jit
-def _tiles_from(level, lowest, tiles):
-    return gl.sum(gl.minimum(gl.maximum(lowest + tiles - level, 0), tiles), 0)
-
-
-@gluon.jit
-def _find_tile(number, lowest, tiles, level, query_starts, context_lengths, first_row, rows, GROUP: gl.constexpr):
-    """The tile of this number among those below ``level``: its row, the row's start and count and earlier tokens, its
-    place in the row, its level."""
-    low, high = number * 0, level
-    while low + 1 < high:
-        middle = (low + high) // 2
-        enough = _tiles_from(middle, lowest, tiles) > number
-        low = gl.where(enough, middle, low)
-        high = gl.where(enough, high, middle)
-    rank = number - _tiles_from(low + 1, lowest, tiles)
-    here = (lowest <= low) & (low < lowest + tiles)
-    row = first_row + gl.sum((gl.associative_scan(here.to(gl.int32), 0, _add) <= rank).to(gl.int32), 0)
-    row = gl.minimum(row, rows - 1)
-    start = gl.load(query_starts + row)
-    count = gl.load(query_starts + row + 1) - start
-    earlier = gl.load(context_lengths + row) - count
-    return row, start, count, earlier, low - earlier * GROUP // 128, low
-
-
-@gluon.jit
-def _end(count, earlier, tile, GROUP: gl.constexpr):
-    """Keys that any line of the tile sees."""
-    return earlier + gl.minimum(count, (tile * 128 + 127) // GROUP + 1)
-
-
-@gluon.jit
-def _load_blocks(
-    position, keys, values, key_blocks, value_blocks, full, empty, ahead, ahead_step, ahead_last, ahead_column, behind,
-    behind_step, behind_last, behind_column, some_keys, some_values, BLOCK: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr
-):  # fmt: skip
-    """Keys of one step, and values of the step before it, which may be of the tile before: they are needed together."""
-    parts: gl.constexpr = KEYS // BLOCK
-    slot = position % STAGES
-    if position >= STAGES:
-        mbarrier.wait(empty.index(slot), (position // STAGES - 1) & 1)
-    both = some_keys & some_values
-    mbarrier.expect(full.index(slot), 2 * KEYS * 256, pred=both)
-    mbarrier.expect(full.index(slot), KEYS * 256, pred=both == 0)
-    for part in gl.static_range(parts):
-        first = gl.load(ahead + gl.minimum(ahead_step * parts + part, ahead_last)) * BLOCK
-        second = gl.load(behind + gl.minimum(behind_step * parts + part, behind_last)) * BLOCK
-        for half in gl.static_range(2):
-            place = (slot * 2 + half) * parts + part
-            tma.async_copy_global_to_shared(
-                keys, [first, ahead_column + half * 64], full.index(slot), key_blocks.index(place), pred=some_keys
-            )
-            tma.async_copy_global_to_shared(
-                values, [second, behind_column + half * 64], full.index(slot), value_blocks.index(place),
-                pred=some_values
-            )  # fmt: skip
-
-
-@gluon.jit
-def _note(notes, turn, field: gl.constexpr, value):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    notes.index(turn % 8 * 8 + field).store(gl.full([1], value, gl.int32, layout))
-
-
-@gluon.jit
-def _noted(notes, turn, field: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.sum(notes.index(turn % 8 * 8 + field).load(layout), 0)
-
-
-@gluon.jit
-def _move_tiles(
-    keys, values, key_blocks, value_blocks, full, empty, notes, query_starts, context_lengths, block_tables, table_rows,
-    rows, first_row, table_stride, skip_single, row, count, earlier, tile, level, turns, GROUP: gl.constexpr,
-    KV_HEADS: gl.constexpr, BLOCK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
-    TABLE_ROWS: gl.constexpr
-):  # fmt: skip
-    """The moving warp, from the program's first tile on. A note's place is written again after eight tiles: of those
-    before it at most STAGES have steps that have not been multiplied."""
-    programs = gl.num_programs(0)
-    unit = gl.program_id(0)
-    lowest, tiles, _, total = _levels(
-        query_starts, context_lengths, first_row, rows, skip_single, GROUP, ROWS, 1
-    )  # fmt: skip
-    position = unit * 0
-    behind, behind_step, behind_last, behind_column = block_tables, unit * 0, unit * 0, unit * 0
-    for turn in range(0, turns):
-        line = row
-        if TABLE_ROWS:
-            line = gl.load(table_rows + row)
-        table = block_tables + line.to(gl.int64) * table_stride
-        last_block = (earlier + count - 1) // BLOCK
-        column = unit % KV_HEADS * 128
-        steps = (_end(count, earlier, tile, GROUP) + KEYS - 1) // KEYS
-        _load_blocks(
-            position, keys, values, key_blocks, value_blocks, full, empty, table, 0, last_block, column, behind,
-            behind_step, behind_last, behind_column, turn >= 0, turn > 0, BLOCK, KEYS, STAGES
-        )  # fmt: skip
-
-        # Behind the program's last tile the last of all, which is fetched in vain.
-        unit = gl.minimum(unit + programs, total * KV_HEADS - 1)
-        row, start, count, earlier, tile, level = _find_tile(
-            unit // KV_HEADS, lowest, tiles, level + 1, query_starts, context_lengths, first_row, rows, GROUP
-        )
-        _note(notes, turn + 1, 0, start)
-        _note(notes, turn + 1, 1, count)
-        _note(notes, turn + 1, 2, earlier)
-        _note(notes, turn + 1, 3, tile)
-        _note(notes, turn + 1, 4, unit % KV_HEADS)
-        gl.thread_barrier()
-
-        for step in range(1, steps):
-            _load_blocks(
-                position + step, keys, values, key_blocks, value_blocks, full, empty, table, step, last_block, column,
-                table, step - 1, last_block, column, step > 0, step > 0, BLOCK, KEYS, STAGES
-            )  # fmt: skip
-        position += steps
-        behind, behind_step, behind_last, behind_column = table, steps - 1, last_block, column
-    if turns > 0:
-        _load_blocks(
-            position, keys, values, key_blocks, value_blocks, full, empty, behind, behind_step, behind_last,
-            behind_column, behind, behind_step, behind_last, behind_column, turns < 0, turns > 0, BLOCK, KEYS, STAGES
-        )  # fmt: skip
 
 
 @gluon.jit
@@ -184,8 +39,9 @@ def _fetch_queries(
     loads: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     line = tile * 128 + SECOND * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, loads))
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, loads))
-    token, head = gl.minimum(line // GROUP, count - 1), kv_head * GROUP + line % GROUP
-    source = queries + ((start + token).to(gl.int64) * token_stride + head * head_stride)[:, None] + column[None, :]
+    token, head, first = gl.minimum(line // GROUP, count - 1), kv_head * GROUP + line % GROUP, tile * 128 // GROUP
+    source = queries + (start + first).to(gl.int64) * token_stride
+    source += ((token - first) * token_stride + head * head_stride)[:, None] + column[None, :]
     async_copy.async_copy_global_to_shared(q.index(turn % 2 * 2), source)
     async_copy.async_copy_global_to_shared(q.index(turn % 2 * 2 + 1), source + 64)
     async_copy.commit_group()
@@ -242,7 +98,7 @@ def _attend_steps(
 
 @gluon.jit
 def _clean(v_tiles, slot, known, KEYS: gl.constexpr):
-    """Zeros behind the tile's first ``known`` values: there may be anything, NaN too, which no weight of zero hides."""
+    """Zeros behind the first ``known`` values: behind a row's end may be NaN, which no weight of zero hides."""
     loads: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     if known < KEYS:
         present = gl.arange(0, KEYS, layout=gl.SliceLayout(1, loads)) < known
@@ -253,30 +109,39 @@ def _clean(v_tiles, slot, known, KEYS: gl.constexpr):
 
 @gluon.jit
 def _write(
-    output, left, right, total, start, count, tile, kv_head, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    output, q, turn, left, right, total, start, count, tile, kv_head, HEADS: gl.constexpr, GROUP: gl.constexpr,
     SECOND: gl.constexpr, sums_layout: gl.constexpr
 ):  # fmt: skip
+    """By way of the tile's queries, which nothing reads any more: so each thread writes 16 bytes that lie together."""
     share = gl.convert_layout(1.0 / total, gl.SliceLayout(1, sums_layout))[:, None]
-    line = tile * 128 + SECOND * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, sums_layout))
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, sums_layout))
-    token, head = line // GROUP, kv_head * GROUP + line % GROUP
-    target = output + ((start + token).to(gl.int64) * HEADS + head)[:, None] * 128 + column[None, :]
+    buffer = turn % 2 * 2
+    q.index(buffer).store((left * share).to(output.dtype.element_ty))
+    q.index(buffer + 1).store((right * share).to(output.dtype.element_ty))
+    gl.thread_barrier()
+    writes: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    line = tile * 128 + SECOND * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, writes))
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, writes))
+    token, head, first = line // GROUP, kv_head * GROUP + line % GROUP, tile * 128 // GROUP
+    target = output + (start + first).to(gl.int64) * (HEADS * 128)
+    target += ((token - first) * HEADS + head)[:, None] * 128 + column[None, :]
     mask = (token < count)[:, None]
-    gl.store(target, (left * share).to(output.dtype.element_ty), mask=mask)
-    gl.store(target + 64, (right * share).to(output.dtype.element_ty), mask=mask)
+    gl.store(target, q.index(buffer).load(writes), mask=mask)
+    gl.store(target + 64, q.index(buffer + 1).load(writes), mask=mask)
+    # The tile after the next one's queries come here.
+    gl.thread_barrier()
 
 
 @gluon.jit
 def _multiply_tiles(
     q, k_tiles, v_tiles, full, empty, notes, queries, output, token_stride, head_stride, start, count, earlier, tile,
-    kv_head, turns, scale, HEADS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    kv_head, more, scale, HEADS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     SECOND: gl.constexpr
 ):  # fmt: skip
     """A group of four warps: the first 64 lines of every tile, or the SECOND ones."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
-    if turns > 0:
+    if more:
         _fetch_queries(q, 0, queries, token_stride, head_stride, start, count, tile, kv_head, GROUP, SECOND)
         _have_queries()
         nothing = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
@@ -291,17 +156,16 @@ def _multiply_tiles(
         mbarrier.arrive(empty.index(0), count=1)
         weights = gl.convert_layout(wide.to(queries.dtype.element_ty), weights_layout)
         mbarrier.wait(full.index(1 % STAGES), (1 // STAGES) & 1)
-        base = tile * 0
-        for turn in range(0, turns):
-            next_start, next_count = _noted(notes, turn + 1, 0), _noted(notes, turn + 1, 1)
-            next_earlier, next_tile = _noted(notes, turn + 1, 2), _noted(notes, turn + 1, 3)
-            next_head = _noted(notes, turn + 1, 4)
+        base, turn = tile * 0, tile * 0
+        while more:
+            next_start, next_count = noted(notes, turn + 1, 0), noted(notes, turn + 1, 1)
+            next_earlier, next_tile = noted(notes, turn + 1, 2), noted(notes, turn + 1, 3)
+            next_head, more = noted(notes, turn + 1, 4), noted(notes, turn + 1, 5) != 0
             _fetch_queries(
                 q, turn + 1, queries, token_stride, head_stride, next_start, next_count, next_tile, next_head, GROUP,
                 SECOND
             )  # fmt: skip
-            end = _end(count, earlier, tile, GROUP)
-            steps = (end + KEYS - 1) // KEYS
+            steps = (keys_seen(count, earlier, tile, GROUP) + KEYS - 1) // KEYS
             # Whole tiles of keys that every line of the tile sees.
             common = gl.maximum((earlier + tile * 128 // GROUP + 1) // KEYS, 1)
             best, total, weights, left, right = _attend_steps(
@@ -316,7 +180,7 @@ def _multiply_tiles(
             # The next tile's first scores; behind the last tile of what happens to lie there, used by nothing.
             base += steps
             slot = base % STAGES
-            _clean(v_tiles, slot, end - (steps - 1) * KEYS, KEYS)
+            _clean(v_tiles, slot, earlier + count - (steps - 1) * KEYS, KEYS)
             _have_queries()
             scores = _scores(q, turn + 1, k_tiles, slot, KEYS, layout)
             left = warpgroup_mma(weights, v_tiles.index(slot * 2), left, is_async=True)
@@ -326,15 +190,17 @@ def _multiply_tiles(
             wide, best, next_total, _ = _softmax(scores, last, 0, scale, nothing, zero, KEYS, True, layout)
             fresh = gl.convert_layout(wide.to(weights.dtype), weights_layout)
             behind = base + 1
-            mbarrier.wait(full.index(behind % STAGES), (behind // STAGES) & 1, pred=turn + 1 < turns)
+            mbarrier.wait(full.index(behind % STAGES), (behind // STAGES) & 1, pred=more)
             left, right, weights, fresh, next_total = warpgroup_mma_wait(
                 0, deps=(left, right, weights, fresh, next_total)
             )
             gl.thread_barrier()
             mbarrier.arrive(empty.index(slot), count=1)
-            _write(output, left, right, total, start, count, tile, kv_head, HEADS, GROUP, SECOND, sums_layout)
+            _write(
+                output, q, turn, left, right, total, start, count, tile, kv_head, HEADS, GROUP, SECOND, sums_layout
+            )  # fmt: skip
             start, count, earlier, tile, kv_head = next_start, next_count, next_earlier, next_tile, next_head
-            total, weights = next_total, fresh
+            total, weights, turn = next_total, fresh, turn + 1
             left = gl.zeros([64, 64], gl.float32, sums_layout)
             right = gl.zeros([64, 64], gl.float32, sums_layout)
 
@@ -349,6 +215,7 @@ def _persistent_kernel(
     context_lengths,
     block_tables,
     table_rows,
+    drawn,
     token_stride,
     head_stride,
     rows,
@@ -386,13 +253,13 @@ def _persistent_kernel(
     fence_async_shared()
     gl.thread_barrier()
 
-    lowest, tiles, above, total = _levels(
+    lowest, tiles, above, total = levels(
         query_starts, context_lengths, first_row, rows, skip_single, GROUP, ROWS, 4
     )  # fmt: skip
     units = total * KV_HEADS
-    turns = gl.maximum(units - gl.program_id(0) + gl.num_programs(0) - 1, 0) // gl.num_programs(0)
+    more = gl.program_id(0) < units
     unit = gl.maximum(gl.minimum(gl.program_id(0), units - 1), 0)
-    row, start, count, earlier, tile, level = _find_tile(
+    row, start, count, earlier, tile, level = find_tile(
         unit // KV_HEADS, lowest, tiles, above, query_starts, context_lengths, first_row, rows, GROUP
     )
     kv_head = unit % KV_HEADS
@@ -400,14 +267,14 @@ def _persistent_kernel(
     gl.warp_specialize(
         [
             (_multiply_tiles, (first_q, k_tiles, v_tiles, full, empty, notes, queries, output, token_stride,
-                               head_stride, start, count, earlier, tile, kv_head, turns, scale, heads, GROUP, KEYS,
+                               head_stride, start, count, earlier, tile, kv_head, more, scale, heads, GROUP, KEYS,
                                STAGES, 0)),
             (_multiply_tiles, (second_q, k_tiles, v_tiles, full, empty, notes, queries, output, token_stride,
-                               head_stride, start, count, earlier, tile, kv_head, turns, scale, heads, GROUP, KEYS,
+                               head_stride, start, count, earlier, tile, kv_head, more, scale, heads, GROUP, KEYS,
                                STAGES, 1)),
-            (_move_tiles, (keys, values, key_blocks, value_blocks, full, empty, notes, query_starts, context_lengths,
-                           block_tables, table_rows, rows, first_row, table_stride, skip_single, row, count, earlier,
-                           tile, level, turns, GROUP, KV_HEADS, BLOCK, KEYS, STAGES, ROWS, TABLE_ROWS)),
+            (move_tiles, (keys, values, key_blocks, value_blocks, full, empty, notes, drawn, query_starts,
+                          context_lengths, block_tables, table_rows, rows, first_row, table_stride, skip_single, row,
+                          count, earlier, tile, level, more, GROUP, KV_HEADS, BLOCK, KEYS, STAGES, ROWS, TABLE_ROWS)),
         ],
         [4, 1],
         [GROUP_REGISTERS, MOVER_REGISTERS],
@@ -441,6 +308,7 @@ def attend_chunks(
             batch.context_lengths,
             tables,
             tables if line is None else line,
+            counters(queries.device).drawn,
         ),
         fixed=queries.stride()[:2],
         free=(rows, batch.decode_rows or 0, tables.stride(0), int(not known), scale * LOG2_E),

@@ -38,7 +38,7 @@ class Tiled:
 
     matrix: torch.Tensor
     tile: tuple[int, int]
-    """Rows, and columns: at most 128 bytes."""
+    """Rows, and columns: 128 bytes, or more that are moved in parts of 128."""
 
     @property
     def type(self) -> TileType:

@@ -20,7 +20,7 @@ from triton.language.extra import cuda as tl_cuda
 
 from engines.kernels.cuda import decode_attention
 from engines.kernels.cuda.attention import LOG2_E
-from engines.kernels.cuda.device import machine_at, processors, starts_early
+from engines.kernels.cuda.device import processors, runs_gluon, starts_early
 from engines.kernels.cuda.fp8 import as_float16, head_scales, row_sizes
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.reference import FP8, AttentionBatch
@@ -29,14 +29,10 @@ WIDEST_HEAD = 256
 ROWS_AT_ONCE = 256
 """Rows among which a program looks for its own at once."""
 
-
-GLUON_TRITON = "3.6."
-"""Versions in which ``hopper_attention`` was measured: what it is written in changes from one to the next."""
-HOPPER = (9, 0)
 HOPPER_TILES = 1.0
 """Tiles of 128 pairs for each processor from which on ``hopper_attention`` serves what it fits."""
-WALKING = False
-"""Whether ``hopper_persistent`` then serves steps of few enough rows: one program for each processor."""
+WALKING_TILES = float("inf")
+"""The same for ``hopper_persistent``: a program that takes one tile alone gains nothing by walking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +225,7 @@ def choose_tile(head_dim: int, pairs: int, processors: int, fp8: bool) -> Prefil
 @functools.cache
 def _hopper_kernels(device: torch.device) -> tuple[ModuleType, ModuleType] | None:
     """The faster kernels' files, where this device and this Triton run them."""
-    machine = machine_at(device)
-    if machine is None or machine.capability != HOPPER or not triton.__version__.startswith(GLUON_TRITON):
+    if not runs_gluon(device):
         return None
     from engines.kernels.cuda import hopper_attention, hopper_persistent
 
@@ -252,7 +247,8 @@ def _attend_on_hopper(
         return False
     plain, walking = kernels
     looked_at = min(batch.context_lengths.shape[0], queries.shape[0]) - (batch.decode_rows or 0)
-    kernel = walking if WALKING and looked_at <= walking.MOST_ROWS else plain
+    many = tokens * queries.shape[1] >= WALKING_TILES * plain.LINES * processors(queries.device)
+    kernel = walking if many and looked_at <= walking.MOST_ROWS else plain
     tiles = tokens * (queries.shape[1] // cache[0].shape[2]) // plain.LINES
     kernel.attend_chunks(queries, cache, batch, scale, output, tiles + rows)
     return True

@@ -1,6 +1,6 @@
 """What only a process that rehearses can check: what a GPU would be asked to run, and what was compiled for it.
 
-    python -m tests.unit.generation.rehearsal_checks MODEL KV_DTYPE
+    python -m tests.unit.generation.rehearsal_checks MODEL KV_DTYPE WEIGHTS
 
 Prints one line of JSON. Runs no kernel and needs no GPU.
 """
@@ -95,11 +95,11 @@ def random_steps(walk: Walk, count: int) -> Callable[[], None]:
 
 
 def main() -> None:
-    model, kv_dtype = sys.argv[1:]
+    model, kv_dtype, weights = sys.argv[1:]
     torch.set_num_threads(1)
     compile_for(H200.capability)
     with tempfile.TemporaryDirectory() as parent:
-        spec = EngineSpec(name=model, source=str(config_folder(Path(parent), model)), random_weights=0)
+        spec = EngineSpec(name=model, source=str(config_folder(Path(parent), model, weights)), random_weights=0)
         engine = Rehearsed(spec=spec, machine=H200, dtype="bfloat16", kv_dtype=kv_dtype, sizes=SIZES)
         stages = rehearse(engine)
         walk = Walk(engine)

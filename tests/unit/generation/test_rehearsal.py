@@ -15,10 +15,18 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 
 
 @pytest.mark.parametrize(
-    ("model", "kv_dtype"), [("r1-1.5b", "bfloat16"), ("v2-lite", "bfloat16"), ("r1-1.5b", "fp8"), ("v2-lite", "fp8")]
+    ("model", "kv_dtype", "weights"),
+    [
+        ("r1-1.5b", "bfloat16", "bfloat16"),
+        ("v2-lite", "bfloat16", "bfloat16"),
+        ("r1-1.5b", "fp8", "bfloat16"),
+        ("v2-lite", "fp8", "bfloat16"),
+        ("r1-1.5b", "bfloat16", "int4"),
+        ("v2-lite", "bfloat16", "int8"),
+    ],
 )
-def test_steps_of_any_size_find_their_kernels_compiled(model: str, kv_dtype: str) -> None:
-    command = [sys.executable, "-m", "tests.unit.generation.rehearsal_checks", model, kv_dtype]
+def test_steps_of_any_size_find_their_kernels_compiled(model: str, kv_dtype: str, weights: str) -> None:
+    command = [sys.executable, "-m", "tests.unit.generation.rehearsal_checks", model, kv_dtype, weights]
     # Other tests of this process may have turned Triton's interpreter on.
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)

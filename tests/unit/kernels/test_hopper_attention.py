@@ -14,7 +14,7 @@ from tests.unit.kernels.paged import PagedCache, Row
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-from engines.kernels.cuda import hopper_attention, hopper_persistent
+from engines.kernels.cuda import hopper_attention, hopper_persistent, hopper_tiles
 from engines.kernels.cuda.attention import LOG2_E
 from engines.kernels.cuda.hopper_attention import LINES, WIDTH
 
@@ -41,6 +41,10 @@ def expect_definition(
     scale, group = WIDTH**-0.5, heads // kv_heads
     matrices = [tensor.flatten(0, 1).flatten(1).numpy() for tensor in paged.tensors]
     pointers = [queries, output, starts, batch.context_lengths, tables, lines]
+    drawn = torch.zeros(1, dtype=torch.int32)
+    walking = module is hopper_persistent
+    if walking:
+        pointers.append(drawn)
     gluon_emulator.run(
         module,
         kernel,
@@ -49,8 +53,9 @@ def expect_definition(
         *(gluon_emulator.Pointer(tensor.numpy()) for tensor in pointers),
         *(heads * WIDTH, WIDTH, len(rows), 0, tables.shape[1], int(not known), scale * LOG2_E),
         *(group, kv_heads, 16, *tile, True, 240, 24),
-        needs=(hopper_attention,) if module is not hopper_attention else (),
+        needs=(hopper_attention, hopper_tiles) if walking else (),
     )
+    assert drawn.item() == 0
     expected = reference.attention(queries, paged.keys, paged.values, batch, scale)
     if not known:
         singles = [int(starts[index]) for index, (_, count) in enumerate(rows) if count == 1]
