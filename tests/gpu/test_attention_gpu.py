@@ -70,42 +70,6 @@ def test_decode_in_every_division(splits: int, keys: int, warps: int) -> None:
     assert not counters(DEVICE).drawn.any()
 
 
-@pytest.fixture
-def hopper_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of decodes go to the kernel for Hopper, whatever their rows."""
-    if torch.cuda.get_device_capability() != device.HOPPER:
-        pytest.skip("only Hopper has it")
-    monkeypatch.setattr(decode_attention, "HOPPER_ROWS", range(1, 5000))
-
-
-@pytest.mark.usefixtures("hopper_decodes")
-@pytest.mark.parametrize("splits", [None, 1, 3, 16])
-@pytest.mark.parametrize(("heads", "kv_heads", "normed"), [(12, 2, False), (28, 4, True), (16, 1, True)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_decode_on_hopper(heads: int, kv_heads: int, normed: bool, dtype: torch.dtype, splits: int | None) -> None:
-    angles = torch.rand(MOST_POSITIONS, 64, device=DEVICE) * 6
-    shape = dataclasses.replace(
-        random_shape(heads, kv_heads, 128, dtype, normed), cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1)
-    )
-    for contexts in (some_contexts(), [random.randrange(900, 4000)], [random.randrange(1, 300) for _ in range(70)]):
-        step = Step(random_rows(contexts), shape, dtype)
-        result = decode_attention.attend_fused(
-            step.qkv.to(DEVICE), shape, step.cache, to_device(step.batch), splits=splits
-        )
-        assert close(result, step.expected())
-        step.check_cache()
-        assert not counters(DEVICE).arrivals.any()
-
-
-@pytest.mark.usefixtures("hopper_decodes")
-@pytest.mark.parametrize(("rows", "capacity"), [(1, 1), (3, 4), (60, 64), (140, 256)])
-def test_captured_decode_on_hopper(rows: int, capacity: int) -> None:
-    def make() -> list[Row]:
-        return random_rows([1000, *(random.randrange(1, 1000) for _ in range(rows - 1))])
-
-    replay_over_steps(same_sized(make, capacity, capacity))
-
-
 MIXED = [(40, 40), (2, 2), (300, 7), (520, 520), (131, 2), (1500, 200)]
 FP8_CASES = [case for case in CASES if case[4] is not torch.float32] + [(6, 2, 100, False, torch.float32)]
 

@@ -11,9 +11,7 @@ graph serves any context up to its bound. While one program works on a tile, its
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +19,7 @@ import triton
 
 from engines.kernels.cuda.attention import LOG2_E
 from engines.kernels.cuda.decode_kernel import decode_kernel
-from engines.kernels.cuda.device import processors, runs_gluon, starts_early
+from engines.kernels.cuda.device import processors, starts_early
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.cuda.scratch import counters
 from engines.kernels.reference import AttentionBatch
@@ -35,12 +33,9 @@ PROGRAMS_PER_PROCESSOR = 2
 """As many are resident at once, by the registers that their tiles in flight take."""
 COMBINED = 16
 """Splits whose sums are loaded at once when a row is put together."""
-LAUNCHED_EARLY = False
-"""Whether the fused kernel, where it may start before the former one ends, is launched so that it does."""
-PREFETCHED = 0
-"""Tiles behind its first that each program then asks the L2 cache for before the former kernel ends."""
-HOPPER_ROWS = range(0)
-"""Rows of a step that ``hopper_decode`` serves where it fits."""
+EARLY_ROWS = 32
+"""Up to so many rows the fused kernel is launched before the former one ends. Of more, its programs would hold the room
+that the former one's own programs wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,25 +88,10 @@ def attend_fused(
     ``early`` the kernel may start before the former one ends, where the device can.
     """
     early = early and starts_early(qkv.device)
-    if early and tile is None and batch.context_lengths.shape[0] in HOPPER_ROWS:
-        kernel = _hopper_kernel(qkv.device)
-        if kernel is not None and kernel.fits(qkv, shape, cache):
-            attended: torch.Tensor = kernel.attend_fused(qkv, shape, cache, batch, splits)
-            return attended
     output = torch.empty((qkv.shape[0], shape.heads * shape.head_dim), dtype=qkv.dtype, device=qkv.device)
     call = _Call(qkv, qkv.stride(0), shape.head_dim, shape.heads, cache, batch, shape.scale, early)
     _launch(call, output, batch.context_lengths.shape[0], tile, splits, shape)
     return output
-
-
-@functools.cache
-def _hopper_kernel(device: torch.device) -> ModuleType | None:
-    """The faster kernel's file, where this device and this Triton run it."""
-    if not runs_gluon(device):
-        return None
-    from engines.kernels.cuda import hopper_decode
-
-    return hopper_decode
 
 
 def attend_single(
@@ -171,7 +151,7 @@ def _launch(
         if fused.query_norm is not None and fused.key_norm is not None:
             query_gain, key_gain, eps, normed = fused.query_norm.weight, fused.key_norm.weight, fused.key_norm.eps, True
     tables, line = batch.block_tables, batch.table_rows
-    ahead = LAUNCHED_EARLY and call.early and fused is not None
+    ahead = rows <= EARLY_ROWS and call.early and fused is not None
     _decode(
         (splits, kv_heads, rows),
         (
@@ -211,7 +191,6 @@ def _launch(
             line is not None,
             call.early,
             bool(scales),
-            PREFETCHED if ahead else 0,
         ),
         warps=tile.warps,
         stages=1,

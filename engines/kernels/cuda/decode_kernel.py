@@ -9,7 +9,6 @@ from triton.language.extra import cuda as tl_cuda
 from engines.kernels.cuda.decode_splits import store_row, used_splits
 from engines.kernels.cuda.decode_start import start_fused
 from engines.kernels.cuda.fp8 import as_float16, head_scales, row_sizes
-from engines.kernels.cuda.skinny_product import prefetch
 
 NARROW_STAGES = tl.constexpr(4)
 """Tiles of an fp8 cache on their way at once."""
@@ -41,30 +40,6 @@ def _load_tile(keys, values, ids, place, present, slot_stride, DIM, DIM_BLOCK, B
     mask = present[:, None] & (dims < DIM)[None, :]
     offsets = entry[:, None] + dims[None, :]
     return tl.load(keys + offsets, mask=mask, other=0.0), tl.load(values + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
-def _prefetch_tiles(
-    keys,
-    values,
-    table,
-    place,
-    cached,
-    step,
-    slot_stride,
-    TILES: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """Ask the L2 cache for the lines of so many tiles from ``place`` on; behind the row's end for its last one."""
-    size: tl.constexpr = DIM * keys.dtype.element_ty.primitive_bitwidth // 8
-    for tile in tl.static_range(TILES):
-        here = place + tile * step
-        if tl.min(here, 0) < cached:
-            here = tl.minimum(here, cached - 1)
-            entry = (tl.load(table + here // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + here % BLOCK_SIZE) * slot_stride
-            prefetch(keys + entry, size)
-            prefetch(values + entry, size)
 
 
 @triton.jit
@@ -157,7 +132,6 @@ def decode_kernel(
     TABLE_ROWS: tl.constexpr,
     EARLY: tl.constexpr,
     SCALED: tl.constexpr,
-    PREFETCHED: tl.constexpr,
 ):
     """Grid (splits, kv heads, rows).
 
@@ -166,7 +140,6 @@ def decode_kernel(
     With EARLY, lengths and tables are read before the former kernel ends: a kernel launched without stands between.
     Without FUSED nothing of what the former kernel writes is read: it is waited for at the end only.
     With SCALED keys and values are fp8, and ``scales`` has one for each key head, then one for each value head.
-    The L2 cache is asked for PREFETCHED tiles behind the program's first before the former kernel is waited for.
     """
     if EARLY:
         tl_cuda.gdc_launch_dependents()
@@ -193,7 +166,6 @@ def decode_kernel(
     k, v = _load_tile(keys, values, ids, place, place < cached, slot_stride, DIM, DIM_BLOCK, BLOCK_SIZE)
     key_scale, value_scale = head_scales(scales, kv_head, KV_HEADS, SCALED)
     scale *= key_scale
-    _prefetch_tiles(keys, values, table, place + step, cached, step, slot_stride, PREFETCHED, DIM, BLOCK_SIZE)
     if EARLY and FUSED:
         tl_cuda.gdc_wait()
 

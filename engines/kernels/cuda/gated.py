@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from types import ModuleType
 
 import torch
 
 from engines.kernels.cuda.device import runs_gluon
 
-FEWEST_WAVES: float = math.inf
+FEWEST_WAVES: float = 2.5
 """Tiles for each processor from which on ``hopper_gated`` takes less time than a product and a kernel that gates."""
 
 

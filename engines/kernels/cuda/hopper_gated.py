@@ -50,7 +50,7 @@ class GatedTile:
     """Whether gate and up are one product; of two groups alone."""
 
 
-BUILT_IN = GatedTile(groups=2, stages=4, band=16, lag=1, wide=True)
+BUILT_IN = GatedTile(groups=2, stages=4, band=32, lag=1, wide=True)
 
 
 @gluon.jit

@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 256
 
 HOPPER_TILES = 1.0
 """Tiles of 128 pairs for each processor from which on ``hopper_attention`` serves what it fits."""
-WALKING_TILES = float("inf")
+WALKING_TILES = 1.0
 """The same for ``hopper_persistent``: a program that takes one tile alone gains nothing by walking."""
 
 
