@@ -110,7 +110,7 @@ def _route_few_kernel(
         _ranks(ranked, EXPERTS, EXPERTS_BLOCK),
         token,
         present,
-        valid & present,
+        tl.load(cache_slots + token) >= 0,
         scale,
         weights,
         experts,
