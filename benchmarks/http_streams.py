@@ -18,7 +18,9 @@ STREAMS = 64
 WARM_ROUNDS = 8
 STEADY = 1.03
 """Warming up ends with the first round that is not this much faster than the best before it."""
-B64 = Load(requests=STREAMS, inputs=Lengths(512, 512), outputs=Lengths(128, 128), concurrency=STREAMS)
+ROUNDS = 4
+"""Requests that each stream sends, one when the one before has ended."""
+B64 = Load(requests=ROUNDS * STREAMS, inputs=Lengths(512, 512), outputs=Lengths(128, 128), concurrency=STREAMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def warm_up(target: Target, load: Load) -> None:
 
 
 def b64_streams(model: str, dtype: str, repeats: int) -> HttpRates:
-    """Rounds of 64 requests that come at once, 512 tokens in and 128 out."""
+    """64 closed-loop streams, 512 tokens in and 128 out."""
     with random_weights_server(model, dtype) as server:
         target = target_of(server, model)
         warm_up(target, B64)
