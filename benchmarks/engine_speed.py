@@ -10,7 +10,8 @@ and 100-1024 out; prefill is 32 prompts of 2048 tokens, where all tokens count. 
 temperature 0.6, EOS ignored, no prefix hit (asserted), prefill counted into the time. Offline runs the real scheduler
 and engine in one process, two steps in flight; --http runs b64 as 64 closed-loop SSE streams over the real server.
 Medians of five runs (mix, prefill: three) after one warm-up run. Each model has a process of its own; results are
-merged by model and column into benchmarks/results/engine_speed_GPU.json. Without a GPU it runs too (--models smollm2-135m or tiny).
+merged by model and column into benchmarks/results/engine_speed_GPU.json. Without a GPU it runs too (--models
+smollm2-135m or tiny).
 
 The columns of the table: decode ms is the time of steps that only decode, from one result to the next on the host's
 clock, device ms the same on the device's; plan, launch and settle are the host's milliseconds a step. floor is the
