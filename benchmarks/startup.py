@@ -37,7 +37,6 @@ from engines.manifest import read_manifest
 from engines.models.config import parse_config
 from engines.models.loader import build_model
 from engines.models.weights import CountingSource, Placement
-from engines.quant.base import Split
 from server.text.generated_tokenizer import generate_text
 
 SHARD_BYTES = 1 << 30
@@ -65,30 +64,11 @@ class Phases:
     """How long each part of the worker's start took, by its log; ``before`` is what passed until its process began."""
 
 
-class _Names(CountingSource):
-    """Remembers what a checkpoint of the model holds."""
-
-    def __init__(self) -> None:
-        super().__init__(Placement(device=torch.device("meta"), dtype=torch.bfloat16))
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def take(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        split: Split,
-        dtype: torch.dtype | None = None,
-        invented: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        self.shapes[name] = shape
-        return super().take(name, shape, split, dtype, invented)
-
-
 def write_model(parent: Path, model: str) -> Path:
     """A folder as a hub holds it: config, tokenizer, shards of bfloat16 weights and their index."""
     folder = config_folder(parent, model)
     manifest = read_manifest(folder, random_weights=True)
-    names = _Names()
+    names = CountingSource(Placement(device=torch.device("meta"), dtype=torch.bfloat16))
     build_model(parse_config(manifest), names, positions=1)
     # A generated tokenizer has one id beyond its vocabulary, for what it cannot express.
     text = generate_text(msgspec.structs.replace(manifest, vocab_size=manifest.vocab_size - 1))

@@ -19,7 +19,6 @@ from engines.models.config import parse_config
 from engines.models.loader import build_model
 from engines.models.weights import Placement, ShapeSource
 from engines.protocol import EngineLoadError
-from engines.quant.base import Split
 from engines.safetensors_header import ITEM_BYTES, read_safetensors_header
 
 _CLASSES: tuple[tuple[str, LayerClass], ...] = (
@@ -100,28 +99,9 @@ def _coverage(counts: list[int]) -> ClassCoverage:
     )
 
 
-class _Names(ShapeSource):
-    """Notes what the architecture takes."""
-
-    def __init__(self) -> None:
-        super().__init__(Placement(device=torch.device("cpu"), dtype=torch.float32))
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def take(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        split: Split,
-        dtype: torch.dtype | None = None,
-        invented: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        self.shapes[name] = shape
-        return super().take(name, shape, split, dtype, invented)
-
-
 def _parameters(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """Names and shapes as they are without quantization."""
-    names = _Names()
+    names = ShapeSource(Placement(device=torch.device("cpu"), dtype=torch.float32))
     build_model(parse_config(manifest), names, positions=1)
     return names.shapes
 

@@ -69,11 +69,15 @@ class _Source:
 
 
 class ShapeSource(_Source):
-    """Tensors that have no bytes, on the ``meta`` device: of them a model is made to see what its steps launch."""
+    """Tensors that have no bytes, on the ``meta`` device: of them a model is made to see what its steps launch.
+
+    ``shapes`` are those of all that was taken, whole, by name: what a checkpoint of the model holds.
+    """
 
     def __init__(self, placement: Placement) -> None:
         super().__init__(placement)
         self.device = torch.device("meta")
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def take(
         self,
@@ -83,6 +87,7 @@ class ShapeSource(_Source):
         dtype: torch.dtype | None = None,
         invented: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        self.shapes[name] = shape
         extents = [axis.stop - axis.start for axis in self.part(name, shape, split)]
         return self.counted(torch.empty(extents, dtype=dtype or self.placement.dtype, device=self.device))
 
