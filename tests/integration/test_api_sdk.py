@@ -25,7 +25,7 @@ KEY = "sesame"
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     manifest = write_model(tmp_path_factory.mktemp("tiny"))
-    with serving(manifest, ApiSettings(max_body=1 << 20), TenantTable(api_keys=(KEY,))) as server:
+    with serving(manifest, ApiSettings(), TenantTable(api_keys=(KEY,))) as server:
         yield server
     close_texts()
 
@@ -126,7 +126,7 @@ def test_errors_are_the_sdk_classes(client: openai.OpenAI, running: Running) -> 
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
     with pytest.raises(openai.APIStatusError) as large:
-        client.completions.create(model="tiny", prompt="x" * (2 << 20))
+        client.completions.create(model="tiny", prompt="x" * (9 << 20))
     assert large.value.status_code == 413
 
 
