@@ -30,19 +30,7 @@ from benchmarks.graph_times import graph_microseconds
 from engines.kernels.cuda import elementwise, hopper_gated
 from engines.kernels.cuda.hopper_gated import GatedTile
 
-TILES = [
-    GatedTile(2, 4, 16, 0, True),
-    GatedTile(2, 4, 16, 1, True),
-    GatedTile(2, 4, 16, 2, True),
-    GatedTile(2, 4, 8, 1, True),
-    GatedTile(2, 4, 32, 1, True),
-    GatedTile(2, 4, 64, 1, True),
-    GatedTile(2, 4, 16, 1, False),
-    GatedTile(3, 3, 16, 0, False),
-    GatedTile(3, 3, 16, 1, False),
-    GatedTile(3, 3, 8, 0, False),
-    GatedTile(3, 3, 22, 0, False),
-]
+TILES = [GatedTile(4, band, lag) for band, lag in ((32, 1), (16, 0), (16, 1), (16, 2), (8, 1), (64, 1))]
 LAYERS = {
     "r1-1.5b": (1536, 8960),
     "r1-7b": (3584, 18944),
@@ -71,7 +59,7 @@ Found = dict[str, dict[int, dict[str, float]]]
 
 
 def name_of(tile: GatedTile) -> str:
-    return f"{tile.groups}/{tile.stages}/band {tile.band}/lag {tile.lag}{'/wide' if tile.wide else ''}"
+    return f"{tile.stages}/band {tile.band}/lag {tile.lag}"
 
 
 def draw(rows: int, width: int, depth: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +185,7 @@ def choice(indices: list[int], all_found: Found) -> dict[str, object]:
     for layer, by_rows in all_found.items():
         gains = {rows: found[TWO_KERNELS] / found[name] for rows, found in by_rows.items() if name in found}
         for rows, gain in gains.items():
-            waves = hopper_gated.waves(rows, LAYERS[layer][1], torch.device("cuda", 0), TILES[chosen])
+            waves = hopper_gated.waves(rows, LAYERS[layer][1], torch.device("cuda", 0))
             faster[waves] = gain > 1 and faster.get(waves, True)
         shown = ", ".join(f"{gain:.3f} with {rows}" for rows, gain in gains.items())
         print(f"# {layer}: times as fast as two kernels: {shown}")

@@ -154,9 +154,7 @@ def parts(step: Step, tiles: Tiles) -> dict[str, float]:
     products = [] if step.tokens <= MOST_ALONE else [step.products(tiles, layer) for layer in range(COPIES)]
 
     def sum_up(layer: int) -> torch.Tensor:
-        return combine(
-            case.hidden, products[layer], step.routed[layer], step.cases[layer].stacks, scratch, False, step.few
-        )
+        return combine(case.hidden, products[layer], step.routed[layer], EXPERTS + SHARED, reset=None, early=step.few)
 
     def choose(layer: int) -> Routed:
         router = step.router(layer)

@@ -241,7 +241,7 @@ def _language(program: int, programs: int) -> SimpleNamespace:
         inline_asm_elementwise=_assembly,
         arange=lambda start, end, layout: _values(np.arange(start, end)),
         zeros=lambda shape, dtype, layout: _values(np.zeros(shape, np.float32)),
-        full=lambda shape, value, dtype, layout: _values(np.full(shape, value, np.float32)),
+        full=lambda shape, value, dtype, layout: _values(np.full(shape, value, dtype)),
         load=_load,
         store=_store,
         atomic_add=_atomic_add,

@@ -88,9 +88,13 @@ class Stacks:
 
     def tiles(self, tokens: int, pairs: int) -> int:
         """At most so many tiles of ``pairs`` pairs one step of ``tokens`` tokens has, over all experts."""
+        return self.chosen_tiles(tokens, pairs) + self.shared * -(-tokens // pairs)
+
+    def chosen_tiles(self, tokens: int, pairs: int) -> int:
+        """The same over the routed experts alone."""
         routed, routed_pairs = self.gate_up.shape[0] - self.shared, tokens * self.chosen
         active = min(routed, routed_pairs)
-        return active + (routed_pairs - active) // pairs + self.shared * -(-tokens // pairs)
+        return active + (routed_pairs - active) // pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +144,13 @@ def _joined(parts: Sequence[Matrix]) -> torch.Tensor:
 
 def _stacks(gate_up: list[torch.Tensor], down: list[torch.Tensor], experts_per_token: int) -> Stacks:
     """The shared ones' weights stand last."""
-    wide, narrow = _cut_shared(gate_up[-1], down[-1], inner=down[0].shape[1])
+    wide, narrow = cut_shared(gate_up[-1], down[-1], inner=down[0].shape[1])
     return Stacks(
         torch.stack([*gate_up[:-1], *wide]), torch.stack([*down[:-1], *narrow]), experts_per_token, len(narrow)
     )
 
 
-def _cut_shared(gate_up: torch.Tensor, down: torch.Tensor, inner: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def cut_shared(gate_up: torch.Tensor, down: torch.Tensor, inner: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """One wide layer as several of width ``inner``, whose outputs sum to its; zeros fill the last one up."""
     width = down.shape[1]
     missing = -width % inner

@@ -11,6 +11,8 @@ import torch
 
 from engines import kernels
 from engines.kernels import RmsNorm
+from engines.kernels.cuda.device import runs_gluon
+from engines.kernels.cuda.mixture import sorted_mixture
 from engines.kernels.experts import mixture
 from tests.expert_cases import EPS, ExpertCase, Shape
 from tests.latent_cases import LatentCase, Widths
@@ -94,6 +96,32 @@ def test_mixture(tokens: int, uniform: int | None, layer: ExpertCase) -> None:
     expected = case.expected_of(router)
     assert float((result[real].double() - expected[real].double()).norm() / expected[real].double().norm()) < TOLERANCE
     assert not kernels_counters().any()
+
+
+@pytest.fixture
+def grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of more than few tokens take Hopper's grouped products, or nothing."""
+    if not runs_gluon(DEVICE):
+        pytest.skip("needs Hopper and the Triton that its kernels are for")
+    monkeypatch.setattr("engines.kernels.cuda.grouped.FEWEST_TOKENS", 0)
+    monkeypatch.delattr("engines.kernels.cuda.mixture.group_pairs")
+
+
+@pytest.mark.parametrize(("tokens", "uniform"), [(257, 7), (300, None), (1000, 7), (3001, None), (8192, 7)])
+def test_grouped_products(tokens: int, uniform: int | None, layer: ExpertCase, grouped_products: None) -> None:
+    test_mixture(tokens, uniform, layer)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 128, 129, 2000])
+def test_grouped_products_of_one_choice(tokens: int, layer: ExpertCase, grouped_products: None) -> None:
+    case = ExpertCase(Shape(tokens, 2048, 1408, 64, 6, 2), DEVICE, padding=tokens // 3, stacks=layer.stacks)
+    weights, real = torch.rand(tokens, 6, device=DEVICE), case.real
+    experts = torch.tensor([63, 1, 2, 7, 30, 0], device=DEVICE).expand(tokens, -1)
+    slots = case.batch.cache_slots
+    result = sorted_mixture(case.hidden, case.normed(), weights, experts, case.stacks, slots)
+    every = torch.cat([experts, torch.tensor([[64, 65]], device=DEVICE).expand(tokens, -1)], dim=1)
+    expected = case.expected(torch.cat([weights, torch.ones(tokens, 2, device=DEVICE)], dim=1), every)
+    assert float((result[real].double() - expected[real].double()).norm() / expected[real].double().norm()) < TOLERANCE
 
 
 def kernels_counters() -> torch.Tensor:

@@ -27,7 +27,6 @@ from engines.kernels.reference import AttentionBatch
 if TYPE_CHECKING:
     from engines.kernels.attention import GroupedQueries
 
-WIDEST_HEAD = 256
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR = 2
 """As many are resident at once, by the registers that their tiles in flight take."""
@@ -137,7 +136,7 @@ def _launch(
     tile_m = max(16, triton.next_power_of_2(group))
     pairs, units = rows * kv_heads, processors(device)
     tile = tile or (choose_fp8_tile(width, pairs, units, tile_m) if scales else choose_tile(width, pairs, units))
-    resident = PROGRAMS_PER_PROCESSOR * processors(device)
+    resident = PROGRAMS_PER_PROCESSOR * units
     splits = splits or choose_splits(rows, kv_heads, batch.longest_context, resident, tile.keys)
     partials = logs = arrivals = output
     if splits > 1:

@@ -10,8 +10,8 @@ from engines.kernels.cuda.fp8 import head_scales, to_cache
 from engines.kernels.cuda.launch import Launcher
 
 SILU_BLOCK = 1024
-NORM_BLOCK = 512
-"""Numbers of a row for each warp."""
+WARP_NUMBERS = 512
+"""Of a row, for each warp where a program takes whole rows."""
 
 
 @triton.jit
@@ -159,6 +159,11 @@ _rope = Launcher(_rope_kernel)
 _write = Launcher(_write_kernel)
 
 
+def row_warps(block: int) -> int:
+    """Of a program that takes a row of so many numbers."""
+    return min(max(block // WARP_NUMBERS, 1), 16)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, warps: int | None = None) -> torch.Tensor:
     """x is (T, width) or (T, heads, width) with a contiguous last dimension."""
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -171,7 +176,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, warps: int | Non
         fixed=(inner, x.stride(0), inner_stride, width),
         free=(eps,),
         constants=(block,),
-        warps=warps or min(max(block // NORM_BLOCK, 1), 16),
+        warps=warps or row_warps(block),
     )
     return normed
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engines.kernels.cuda.device import machine_at
+from engines.kernels.cuda.tuning import gpu_slug
 
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256)
 """Tokens: a step runs the tiles of the first that is not smaller."""
@@ -65,7 +65,7 @@ def default_tiles(tokens: int) -> Tiles:
 
 def table_name(gpu: str) -> str:
     """File name of a kind of GPU."""
-    return f"experts-{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    return f"experts-{gpu_slug(gpu)}.json"
 
 
 def layer_key(width: int, inner: int, experts: int) -> str:

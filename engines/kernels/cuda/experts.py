@@ -19,7 +19,6 @@ from triton.language.extra import cuda as tl_cuda
 from engines.kernels.cuda.expert_tuning import Tiles
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.cuda.routing import Routed
-from engines.kernels.cuda.scratch import Counters
 
 if TYPE_CHECKING:
     from engines.kernels.experts import Stacks
@@ -45,7 +44,7 @@ def prefetch_shared(stack, FIRST: tl.constexpr, LENGTH: tl.constexpr, SEGMENT: t
 
 
 @triton.jit
-def _find_work(
+def find_work(
     counts,
     EXPERTS: tl.constexpr,
     SHARED: tl.constexpr,
@@ -121,7 +120,7 @@ def _gate_up_kernel(
         prefetch_shared(stack, (EXPERTS - SHARED) * 2 * INNER * WIDTH, SHARED * 2 * INNER * WIDTH, 512)
         tl_cuda.gdc_wait()
     parts: tl.constexpr = (INNER + TILE_N - 1) // TILE_N
-    chosen, tile, part, count, first = _find_work(counts, EXPERTS, SHARED, EXPERTS_BLOCK, TILE_M, parts)
+    chosen, tile, part, count, first = find_work(counts, EXPERTS, SHARED, EXPERTS_BLOCK, TILE_M, parts)
     if chosen < 0:
         return
     slot = tile * TILE_M + tl.arange(0, TILE_M)
@@ -184,7 +183,7 @@ def _down_kernel(
         prefetch_shared(stack, (EXPERTS - SHARED) * INNER * WIDTH, SHARED * INNER * WIDTH, 512)
         tl_cuda.gdc_wait()
     parts: tl.constexpr = (WIDTH + TILE_N - 1) // TILE_N
-    chosen, tile, part, count, first = _find_work(counts, EXPERTS, SHARED, EXPERTS_BLOCK, TILE_M, parts)
+    chosen, tile, part, count, first = find_work(counts, EXPERTS, SHARED, EXPERTS_BLOCK, TILE_M, parts)
     if chosen < 0:
         return
     slot = tile * TILE_M + tl.arange(0, TILE_M)
@@ -304,30 +303,26 @@ def expert_products(routed: Routed, stacks: Stacks, grouping: Grouping, tiles: T
 
 
 def combine(
-    hidden: torch.Tensor,
-    products: torch.Tensor,
-    routed: Routed,
-    stacks: Stacks,
-    counters: Counters,
-    reset: bool,
-    early: bool,
+    hidden: torch.Tensor, products: torch.Tensor, routed: Routed, number: int, reset: torch.Tensor | None, early: bool
 ) -> torch.Tensor:
-    """(T, width) stream and its tokens' products -> the stream after; ``reset`` clears the counts."""
+    """(T, width) stream and its tokens' products of ``number`` experts -> the stream after.
+
+    ``reset`` are (number,) int32 counts that are set back to zero.
+    """
     tokens, width = hidden.shape
-    number = stacks.gate_up.shape[0]
     output = torch.empty((tokens, width), dtype=hidden.dtype, device=hidden.device)
     _combine(
         (tokens, triton.cdiv(width, COMBINE_BLOCK), 1),
-        (hidden, products, routed.weights, routed.experts, counters.counts, output),
+        (hidden, products, routed.weights, routed.experts, routed.experts if reset is None else reset, output),
         fixed=(hidden.stride(0),),
         free=(),
         constants=(
             width,
-            stacks.columns,
+            routed.experts.shape[1],
             number,
             triton.next_power_of_2(number),
             COMBINE_BLOCK,
-            reset,
+            reset is not None,
             early,
         ),
         early=early,

@@ -58,8 +58,10 @@ def _place_kernel(
     EXPERTS_BLOCK: tl.constexpr,
     TILE_T: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
+    SLOT: tl.constexpr,
 ):
-    """Grid (tiles of tokens,)."""
+    """Grid (tiles of tokens,). ``pairs`` by expert; or with SLOT above 1 the place of each where every expert begins at
+    a multiple of that."""
     own = tl.program_id(0)
     expert = tl.arange(0, EXPERTS_BLOCK)
     tiles = tl.cdiv(tokens, TILE_T)
@@ -74,14 +76,18 @@ def _place_kernel(
         before += tl.sum(tl.where((tile < own)[:, None], found, 0), 0)
     if own == 0:
         tl.store(counts + expert, total, mask=expert < EXPERTS)
-    starts = tl.cumsum(total, 0) - total + before
+    filled = (total + SLOT - 1) // SLOT * SLOT
+    starts = tl.cumsum(filled, 0) - filled + before
     token = own * TILE_T + tl.arange(0, TILE_T)
     takes = _takes(experts, token, tokens, C, EXPERTS_BLOCK)
     places = tl.cumsum(takes, 0) - takes + starts[None, :]
     for column in tl.static_range(C):
         number = tl.load(experts + token * C + column, mask=token < tokens, other=-1)
         place = tl.sum(tl.where(number[:, None] == expert[None, :], places, 0), 1)
-        tl.store(pairs + place, token * C + column, mask=number >= 0)
+        if SLOT > 1:
+            tl.store(pairs + token * C + column, place, mask=number >= 0)
+        else:
+            tl.store(pairs + place, token * C + column, mask=number >= 0)
 
 
 _count = Launcher(_count_kernel)
@@ -90,6 +96,16 @@ _place = Launcher(_place_kernel)
 
 def group_pairs(experts: torch.Tensor, number: int) -> Grouping:
     """(T, C) int32 choice among ``number`` experts, -1 none -> the pairs by expert."""
+    return Grouping(*_sorted(experts, number, slot=1))
+
+
+def place_pairs(experts: torch.Tensor, number: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, C) int32 choice among ``number`` experts, -1 none -> (number,) int32 counts, and (T * C,) int32: the place of
+    each pair where the pairs stand by expert and each expert begins at a multiple of ``slot``, 2 or more."""
+    return _sorted(experts, number, slot)
+
+
+def _sorted(experts: torch.Tensor, number: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, columns = experts.shape
     block = max(16, triton.next_power_of_2(number))
     tiles = triton.cdiv(tokens, TILE_TOKENS)
@@ -103,6 +119,6 @@ def group_pairs(experts: torch.Tensor, number: int) -> Grouping:
         (experts, tile_counts, counts, pairs),
         (),
         (tokens,),
-        (columns, number, block, TILE_TOKENS, 32),
+        (columns, number, block, TILE_TOKENS, 32, slot),
     )
-    return Grouping(counts, pairs)
+    return counts, pairs

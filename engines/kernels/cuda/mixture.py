@@ -10,6 +10,7 @@ from engines.kernels.cuda.device import starts_early
 from engines.kernels.cuda.expert_tuning import MOST_FEW, Tiles, tiles_for
 from engines.kernels.cuda.experts import Grouping, combine, expert_products
 from engines.kernels.cuda.experts_one import one_token
+from engines.kernels.cuda.grouped import grouped_mixture
 from engines.kernels.cuda.grouping import group_pairs
 from engines.kernels.cuda.routing import Routed, choose_experts
 from engines.kernels.cuda.scratch import counters
@@ -43,7 +44,7 @@ def mixture(
     if alone:
         return one_token(hidden, routed, stacks, tiles, early)
     products = expert_products(routed, stacks, Grouping(scratch.counts, None), tiles, early)
-    return combine(hidden, products, routed, stacks, scratch, reset=True, early=early)
+    return combine(hidden, products, routed, stacks.gate_up.shape[0], reset=scratch.counts, early=early)
 
 
 def sorted_mixture(
@@ -65,10 +66,12 @@ def sorted_mixture(
 
 
 def _sorted(hidden: torch.Tensor, routed: Routed, stacks: Stacks, tiles: Tiles | None = None) -> torch.Tensor:
+    if tiles is None and (result := grouped_mixture(hidden, routed, stacks)) is not None:
+        return result
     tiles = tiles or _tiles(hidden, stacks)
     grouping = group_pairs(routed.experts, stacks.gate_up.shape[0])
     products = expert_products(routed, stacks, grouping, tiles, early=False)
-    return combine(hidden, products, routed, stacks, counters(hidden.device), reset=False, early=False)
+    return combine(hidden, products, routed, stacks.gate_up.shape[0], reset=None, early=False)
 
 
 def _tiles(hidden: torch.Tensor, stacks: Stacks) -> Tiles:

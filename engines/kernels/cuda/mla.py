@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
+from engines.kernels.cuda.attention import LOG2_E
 from engines.kernels.cuda.device import starts_early
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.cuda.mla_kernels import attend_kernel, expand_kernel, expand_one_kernel, prepare_kernel
-from engines.kernels.cuda.mla_prefill import LOG2_E, attend_prompts
+from engines.kernels.cuda.mla_prefill import attend_prompts
 from engines.kernels.reference import AttentionBatch
 
 if TYPE_CHECKING:
@@ -30,11 +31,10 @@ TILE_KEYS = 64
 WIDEST_HEAD = 256
 FEW_TOKENS = 8
 """Up to so many tokens are expanded one by one: they have many parts each, and tiles of tokens few programs."""
-
-VALUES = 32
-"""Of a head in one program then."""
+VALUES_ALONE = 32
+"""Of a head in one program, where tokens are expanded one by one."""
 TILE_VALUES, EXPAND_WARPS = 64, 8
-"""Of more tokens, 16 at a time."""
+"""The same where they are expanded 16 at a time."""
 FEWEST_SPLITS = 16
 
 _prepare = Launcher(prepare_kernel)
@@ -46,7 +46,8 @@ _block = triton.next_power_of_2
 
 def fits(shape: LatentQueries) -> bool:
     """Whether the kernels take these widths."""
-    return shape.rank in (64, 128, 256, 512) and shape.rope in (16, 32, 64, 128) and shape.up.nope <= WIDEST_HEAD
+    heads_fit = shape.up.nope <= WIDEST_HEAD and shape.up.nope % 2 == 0
+    return heads_fit and shape.rank in (64, 128, 256, 512) and shape.rope in (16, 32, 64, 128)
 
 
 def attend_latents(
@@ -212,8 +213,9 @@ def attend_decodes(
     sizes = (heads, nope, value, rank, _block(rank))
     tensors = (partials, logs, shape.up.stacked, batch.context_lengths, batch.query_starts, output)
     if rows <= FEW_TOKENS:
-        grid = (triton.cdiv(value, VALUES), heads, rows)
-        _expand_one(grid, tensors, (), (splits,), (*sizes, _block(splits), VALUES, TILE_KEYS, early), early=early)
+        grid = (triton.cdiv(value, VALUES_ALONE), heads, rows)
+        alone = (*sizes, _block(splits), VALUES_ALONE, TILE_KEYS, early)
+        _expand_one(grid, tensors, (), (splits,), alone, early=early)
         return
     grid = (triton.cdiv(value, TILE_VALUES), heads, triton.cdiv(rows, 16))
     # So many rows have no more parts than that: one kernel for all their numbers.

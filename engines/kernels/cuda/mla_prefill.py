@@ -12,13 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
+from engines.kernels.cuda.attention import LOG2_E
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.reference import AttentionBatch
 
 if TYPE_CHECKING:
     from engines.kernels.latent_attention import LatentQueries
 
-LOG2_E = 1.4426950408889634
 TILE_M, TILE_N = 128, 64
 WARPS, STAGES = 8, 3
 

@@ -31,8 +31,6 @@ ROWS_AT_ONCE = 256
 
 HOPPER_TILES = 1.0
 """Tiles of 128 pairs for each processor from which on ``hopper_attention`` serves what it fits."""
-WALKING_TILES = 1.0
-"""The same for ``hopper_persistent``: a program that takes one tile alone gains nothing by walking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,35 +221,21 @@ def choose_tile(head_dim: int, pairs: int, processors: int, fp8: bool) -> Prefil
 
 
 @functools.cache
-def _hopper_kernels(device: torch.device) -> tuple[ModuleType, ModuleType] | None:
-    """The faster kernels' files, where this device and this Triton run them."""
+def _hopper_kernel(device: torch.device) -> ModuleType | None:
+    """The faster kernel's file, where this device and this Triton run it."""
     if not runs_gluon(device):
         return None
-    from engines.kernels.cuda import hopper_attention, hopper_persistent
+    from engines.kernels.cuda import hopper_attention
 
-    return hopper_attention, hopper_persistent
+    return hopper_attention
 
 
-def _attend_on_hopper(
-    queries: torch.Tensor,
-    cache: tuple[torch.Tensor, ...],
-    batch: AttentionBatch,
-    scale: float,
-    output: torch.Tensor,
-    tokens: int,
-    rows: int,
-) -> bool:
-    """Launches the faster kernel over at most so many tokens and rows, and says so, where there is one that fits."""
-    kernels = _hopper_kernels(queries.device)
-    if kernels is None or not kernels[0].fits(queries, cache[0]):
-        return False
-    plain, walking = kernels
-    looked_at = min(batch.context_lengths.shape[0], queries.shape[0]) - (batch.decode_rows or 0)
-    many = tokens * queries.shape[1] >= WALKING_TILES * plain.LINES * processors(queries.device)
-    kernel = walking if many and looked_at <= walking.MOST_ROWS else plain
-    tiles = tokens * (queries.shape[1] // cache[0].shape[2]) // plain.LINES
-    kernel.attend_chunks(queries, cache, batch, scale, output, tiles + rows)
-    return True
+def _faster_kernel(queries: torch.Tensor, keys: torch.Tensor, rows: int, tokens: int) -> ModuleType | None:
+    """The same, where it also fits, and so many tokens of so many rows give all processors work."""
+    if tokens * queries.shape[1] < HOPPER_TILES * 128 * processors(queries.device):
+        return None
+    kernel = _hopper_kernel(queries.device)
+    return kernel if kernel is not None and kernel.fits(queries, keys, rows) else None
 
 
 def attend_chunks(
@@ -275,11 +259,10 @@ def attend_chunks(
     most = min(rows - first_row, tokens if known else tokens // 2)
     if not most:
         return False
-    units, pairs = processors(queries.device), tokens * queries.shape[1]
-    large = tile is None and pairs >= HOPPER_TILES * 128 * units
-    if large and _attend_on_hopper(queries, cache, batch, scale, output, tokens, most):
+    if tile is None and (kernel := _faster_kernel(queries, keys, rows - first_row, tokens)) is not None:
+        kernel.attend_chunks(queries, cache, batch, scale, output, tokens * group // kernel.LINES + most)
         return True
-    tile = tile or choose_tile(width, pairs, units, bool(scales))
+    tile = tile or choose_tile(width, tokens * queries.shape[1], processors(queries.device), bool(scales))
     # A broken tile for each row.
     tiles = tokens * group // tile.pairs + most
     tables, line = batch.block_tables, batch.table_rows

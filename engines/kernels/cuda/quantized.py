@@ -12,7 +12,7 @@ from engines.kernels.cuda.quantized_kernel import quantized_kernel
 from engines.kernels.cuda.quantized_layout import DeviceCodes
 from engines.kernels.cuda.quantized_rows import dequantize_lines
 from engines.kernels.cuda.quantized_tuning import QuantizedConfig, QuantizedShape, config_for, tile_rows
-from engines.kernels.cuda.skinny import _scratch
+from engines.kernels.cuda.skinny import split_scratch
 from engines.kernels.cuda.tuning import MOST_SQUARES, WEIGHT_ALIGNMENT, ceil_div, next_power_of_two
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def quantized_linear(
             x if bias is None else bias,
             x if residual is None else residual,
             output,
-            *_scratch(x.device),
+            *split_scratch(x.device),
             empty if handed is None else handed.squares,
             *((x, x, x) if handover is None else (handover.norm.weight, handover.scaled, handover.squares)),
         ),

@@ -12,14 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from engines.kernels.cuda.experts import COMBINE_BLOCK, Grouping, _combine, _find_work
+from engines.kernels.cuda.experts import Grouping, combine, find_work
 from engines.kernels.cuda.grouping import group_pairs
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.cuda.quantized_kernel import wide_product
 from engines.kernels.cuda.quantized_rows import round_rows
 from engines.kernels.cuda.routing import Routed, choose_experts
 from engines.kernels.cuda.scratch import counters
-from engines.kernels.cuda.skinny_kernel import _finish, _line
+from engines.kernels.cuda.skinny_kernel import finish, tile_line
 
 if TYPE_CHECKING:
     from engines.kernels.experts import RoutedBatch, Router
@@ -75,7 +75,7 @@ def quantized_experts_kernel(
     ``lines`` are those of an expert, cut into PARTS; ``stack_lines`` of the whole stack.
     """
     two: tl.constexpr = FORMAT == 0 or FORMAT == 3
-    chosen, tile, part, count, first = _find_work(counts, EXPERTS, 0, EXPERTS_BLOCK, BLOCK_M, PARTS)
+    chosen, tile, part, count, first = find_work(counts, EXPERTS, 0, EXPERTS_BLOCK, BLOCK_M, PARTS)
     if chosen < 0:
         return
     place = tl.load(places + chosen)
@@ -85,7 +85,7 @@ def quantized_experts_kernel(
     present = slot < count
     pair = tl.load(pairs + first + slot, mask=present, other=0)
     source = (pair // SHARING).to(tl.int64)
-    line = place * lines + _line(part, tl.arange(0, BLOCK_N), lines, BLOCK_N, GATED)
+    line = place * lines + tile_line(part, tl.arange(0, BLOCK_N), lines, BLOCK_N, GATED)
     code_lines = codes + line.to(tl.int64) * (padded // 2 if two else padded)
     sums = wide_product(
         x + source * x_stride, present, code_lines, line, stack_lines, scale, offset, levels, books, book_size,
@@ -100,7 +100,7 @@ def quantized_experts_kernel(
     column = part * width + tl.arange(0, width)
     mask = present[:, None] & (column < columns)[None, :]
     target = output + pair.to(tl.int64)[:, None] * columns + column[None, :]
-    _finish(sums, 0.0, 0.0, 0.0, 0.0, target, mask, depth, 0.0, BLOCK_M, BLOCK_N, False, 0, False, GATED, False)
+    finish(sums, 0.0, 0.0, 0.0, 0.0, target, mask, depth, 0.0, BLOCK_M, BLOCK_N, False, 0, False, GATED, False)
 
 
 _product = Launcher(quantized_experts_kernel)
@@ -122,23 +122,7 @@ def quantized_mixture(stream: torch.Tensor, choice: Routed, stacks: QuantizedSta
     grouping = group_pairs(choice.experts, stacks.experts)
     gated = _products(choice.normed, stacks.gate_up, stacks, grouping, tokens, 2 * stacks.inner, gated=True)
     products = _products(gated, stacks.down, stacks, grouping, tokens, stacks.width, gated=False)
-    output = torch.empty((tokens, stacks.width), dtype=stream.dtype, device=stream.device)
-    _combine(
-        (tokens, triton.cdiv(stacks.width, COMBINE_BLOCK), 1),
-        (stream, products, choice.weights, choice.experts, grouping.counts, output),
-        fixed=(stream.stride(0),),
-        free=(),
-        constants=(
-            stacks.width,
-            stacks.chosen,
-            stacks.experts,
-            triton.next_power_of_2(stacks.experts),
-            COMBINE_BLOCK,
-            False,
-            False,
-        ),
-    )
-    return output
+    return combine(stream, products, choice, stacks.experts, reset=None, early=False)
 
 
 def _products(

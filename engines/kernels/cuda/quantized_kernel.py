@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
 from engines.kernels.cuda.quantized_codes import halves_of, level_values, values_of
-from engines.kernels.cuda.skinny_kernel import _finish, _hand_over, _line, _load_handed, _sum_splits
+from engines.kernels.cuda.skinny_kernel import finish, hand_over, load_handed, sum_splits, tile_line
 from engines.kernels.cuda.skinny_product import prefetch
 
 
@@ -249,11 +249,11 @@ def quantized_kernel(
     start = split * chunk
     end = tl.minimum(start + chunk, padded)
     line_bytes = padded // 2 if two else padded
-    line = _line(tile, tl.arange(0, BLOCK_N), lines, BLOCK_N, GATED)
+    line = tile_line(tile, tl.arange(0, BLOCK_N), lines, BLOCK_N, GATED)
     code_lines = codes + line.to(tl.int64) * line_bytes
     if PREFETCH > 0:
         thread, each = tl.arange(0, 32 * WARPS), BLOCK_N // WARPS
-        own = _line(tile, thread // 32 * each + thread % each, lines, BLOCK_N, GATED)
+        own = tile_line(tile, thread // 32 * each + thread % each, lines, BLOCK_N, GATED)
         prefetch(codes + own.to(tl.int64) * line_bytes + (start // 2 if two else start), PREFETCH)
     if EARLY:
         tl_cuda.gdc_wait()
@@ -265,7 +265,7 @@ def quantized_kernel(
     column = tile * width + tl.arange(0, width)
     mask = valid[:, None] & (column < columns)[None, :]
     x_rows = x + row.to(tl.int64) * x_stride
-    handed = _load_handed(handed_squares, row, valid, HANDED, HANDED_BLOCK)
+    handed = load_handed(handed_squares, row, valid, HANDED, HANDED_BLOCK)
     if PARTS == 0:
         sums = wide_product(
             x_rows, valid, code_lines, line, lines, scale, offset, levels, books, book_size, x, start, end, depth,
@@ -279,7 +279,7 @@ def quantized_kernel(
     sums = tl.trans(sums)
     last, squares = True, valid.to(tl.float32)
     if SPLITS > 1:
-        sums, squares, last = _sum_splits(
+        sums, squares, last = sum_splits(
             sums, squares, partials, counters, tile, split, BLOCK_M, BLOCK_N, SPLITS, False
         )
     if last:
@@ -292,11 +292,11 @@ def quantized_kernel(
         if RESIDUAL:
             added = tl.load(residual + place * residual_stride + column[None, :], mask=mask, other=0.0)
         place = place * columns + column[None, :]
-        hidden = _finish(
+        hidden = finish(
             sums, squares, handed, shifts, added, output + place, mask, depth, eps,
             BLOCK_M, BLOCK_N, False, HANDED, BIAS, GATED, RESIDUAL,
         )  # fmt: skip
         if NEXT:
             gains = tl.load(next_gain + column, mask=column < columns, other=0.0)
             squares_place = next_squares + row * tl.num_programs(1) + tile
-            _hand_over(hidden, gains, next_scaled + place, squares_place, mask, valid)
+            hand_over(hidden, gains, next_scaled + place, squares_place, mask, valid)

@@ -8,12 +8,11 @@ import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
 from engines.kernels.cuda.device import starts_early
+from engines.kernels.cuda.elementwise import row_warps
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.cuda.quantized_codes import halves_of, level_values, values_of
 from engines.kernels.cuda.quantized_layout import DeviceCodes
 
-NORM_BLOCK = 512
-"""Numbers of a row for each warp."""
 DEQUANTIZED_LINES = 16
 SCALED_COLUMNS = 1024
 MOST_EARLY = 128
@@ -173,7 +172,7 @@ def round_rows(
         fixed=(x.stride(0), width, padded),
         free=(eps,),
         constants=(block, norm is not None, fixed is not None, float8, early),
-        warps=min(max(block // NORM_BLOCK, 1), 16),
+        warps=row_warps(block),
         early=early,
     )
     return codes, scale

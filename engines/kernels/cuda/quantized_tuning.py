@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from engines.kernels.cuda.tuning import (
     SPLIT_US,
     Machine,
     ceil_div,
+    gpu_slug,
 )
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)
@@ -187,7 +187,7 @@ def predicted_config(shape: QuantizedShape, rows: int, machine: Machine) -> Quan
 
 def table_path(machine: Machine, folder: Path = TABLES) -> Path:
     """Where this kind of GPU's table is."""
-    return folder / f"quantized-{re.sub('[^a-z0-9]+', '-', machine.name.lower()).strip('-')}.json"
+    return folder / f"quantized-{gpu_slug(machine.name)}.json"
 
 
 @functools.cache

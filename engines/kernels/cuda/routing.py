@@ -1,8 +1,9 @@
-"""Which experts a token takes: norm, router product, softmax and choice in one launch, whatever the number of tokens.
+"""Which experts a token takes: norm, router product, softmax and choice in one launch, or of many tokens in two.
 
 The product is as exact as one in float32, though it runs on the matrix units: the activations are bfloat16, and each
 float32 weight is the sum of three bfloat16 numbers. Where the tokens are few, several programs share a tile of them
-along the width, and the last one to arrive chooses.
+along the width, and the last one to arrive chooses. Programs that norm one token each have as many registers as those
+that multiply, so that few run at once: where the tokens are many their norm is a launch of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +16,18 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
+from engines.kernels.cuda.elementwise import rms_norm
 from engines.kernels.cuda.expert_tuning import MOST_FEW
 from engines.kernels.cuda.launch import Launcher
-from engines.kernels.cuda.routing_choice import norm_one, ranks_among, store_choice, token_scores, uniform_scores
-from engines.kernels.cuda.routing_few import MOST_EXPERTS, MOST_SPLITS, WEIGHTS, route_few
+from engines.kernels.cuda.routing_choice import (
+    Division,
+    norm_one,
+    ranks_among,
+    store_choice,
+    token_scores,
+    uniform_scores,
+)
+from engines.kernels.cuda.routing_few import divide_few
 from engines.kernels.cuda.scratch import Counters
 
 if TYPE_CHECKING:
@@ -29,16 +38,13 @@ if TYPE_CHECKING:
 class _Tile:
     tokens: int
     depth: int
-    warps: int
     programs: int
     """So many share the work, about."""
     splits: int
     """Most programs that share one tile: each number of them is compiled apart."""
 
 
-ALONE = 16
-"""Tokens up to which each has programs of its own."""
-FEW, MANY = _Tile(16, 128, 4, 128, 16), _Tile(32, 64, 4, 512, 4)
+FEW, MANY = _Tile(16, 128, 128, 16), _Tile(32, 64, 512, 4)
 
 
 @triton.jit(do_not_specialize=["tokens", "layer"])
@@ -75,7 +81,7 @@ def _route_kernel(
     COUNT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Grid (tiles of tokens, SPLITS + TILE_T): shares of a tile's logits, then the norm of each of its tokens.
+    """Grid (tiles of tokens, SPLITS or SPLITS + TILE_T): shares of the logits of a tile, then the norm of its tokens.
 
     With COUNT each expert's tokens are added to ``counts``.
     """
@@ -168,12 +174,16 @@ class Routed:
     """(T, C) int32, -1 for a token that only fills the step up."""
 
 
-def _splits(tile: _Tile, tiles: int, width: int) -> int:
-    """How many programs share a tile of tokens: a power of two."""
-    splits = 1
+def _divide(tokens: int, width: int, experts: int) -> Division:
+    """Tiles of tokens, of each of which a power of two of programs share the width."""
+    few = tokens <= MOST_FEW
+    tile = FEW if few else MANY
+    tiles, splits = triton.cdiv(tokens, tile.tokens), 1
     while tiles * splits * 2 <= tile.programs and splits * 2 <= min(tile.splits, width // tile.depth):
         splits *= 2
-    return splits
+    scratch = splits * tiles * tile.tokens * (triton.next_power_of_2(experts) + 1) if splits > 1 else 0
+    grid = (tiles, splits + tile.tokens if few else splits, 1)
+    return Division(_route, grid, scratch, (tokens,), (splits, tile.tokens, tile.depth))
 
 
 def choose_experts(
@@ -188,42 +198,29 @@ def choose_experts(
     early: bool,
 ) -> Routed:
     """(T, width) bfloat16 stream -> the choice of its tokens; with ``count`` added up in ``counters.counts`` too."""
-    (tokens, width), rule = hidden.shape, router.rule
+    (tokens, width), rule, device = hidden.shape, router.rule, hidden.device
     number, columns = router.weight.out_features, rule.experts_per_token + shared
-    block = triton.next_power_of_2(number)
+    many = tokens > MOST_FEW
     routed = Routed(
-        torch.empty((tokens, width), dtype=hidden.dtype, device=hidden.device),
-        torch.empty((tokens, columns), dtype=torch.float32, device=hidden.device),
-        torch.empty((tokens, columns), dtype=torch.int32, device=hidden.device),
+        rms_norm(hidden, gain, eps) if many else torch.empty((tokens, width), dtype=hidden.dtype, device=device),
+        torch.empty((tokens, columns), dtype=torch.float32, device=device),
+        torch.empty((tokens, columns), dtype=torch.int32, device=device),
     )
-    inputs = (hidden, gain, router.weight.weight, batch.positions, batch.token_ids, batch.cache_slots)
-    outputs = (routed.normed, routed.weights, routed.experts, counters.counts)
-    widths = (width, triton.next_power_of_2(width), number, block)
-    sizes = (*widths, rule.experts_per_token, shared, triton.next_power_of_2(max(shared, 1)))
-    flags = (rule.uniform_layer is not None, rule.normalise, count, early)
-    free = (rule.uniform_layer or 0, eps, 1.0 if rule.normalise else rule.scale)
-    depth = WEIGHTS // block
-    splits = triton.cdiv(width, depth)
-    if tokens <= ALONE and number <= MOST_EXPERTS and splits <= MOST_SPLITS:
-        partials = torch.empty(tokens * splits * (block + 1), dtype=torch.float32, device=hidden.device)
-        constants = (*sizes, splits, triton.next_power_of_2(splits), depth, *flags)
-        tensors = (*inputs, *outputs, partials, counters.arrivals)
-        route_few((tokens, splits + 1, 1), tensors, (hidden.stride(0),), free, constants, early=early)
-        return routed
-    tile = FEW if tokens <= MOST_FEW else MANY
-    tiles = triton.cdiv(tokens, tile.tokens)
-    splits = _splits(tile, tiles, width)
+    division = divide_few(tokens, width, number) or _divide(tokens, width, number)
     partials = routed.weights
-    if splits > 1:
-        partials = torch.empty(splits * tiles * tile.tokens * (block + 1), dtype=torch.float32, device=hidden.device)
-    _route(
-        (tiles, splits + tile.tokens, 1),
-        (*inputs, *outputs, partials, counters.arrivals),
+    if division.partial_floats:
+        partials = torch.empty(division.partial_floats, dtype=torch.float32, device=device)
+    inputs = (hidden, gain, router.weight.weight, batch.positions, batch.token_ids, batch.cache_slots)
+    outputs = (routed.normed, routed.weights, routed.experts, counters.counts, partials, counters.arrivals)
+    block = triton.next_power_of_2
+    sizes = (width, block(width), number, block(number), rule.experts_per_token, shared, block(max(shared, 1)))
+    flags = (rule.uniform_layer is not None, rule.normalise, count, early)
+    division.launch(
+        division.grid,
+        (*inputs, *outputs),
         fixed=(hidden.stride(0),),
-        free=(tokens, *free),
-        constants=(*sizes, splits, tile.tokens, tile.depth, *flags),
-        warps=tile.warps,
-        stages=3,
+        free=(*division.free, rule.uniform_layer or 0, eps, 1.0 if rule.normalise else rule.scale),
+        constants=(*sizes, *division.constants, *flags),
         early=early,
     )
     return routed

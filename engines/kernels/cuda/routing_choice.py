@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+
+from engines.kernels.cuda.launch import Launcher
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """Which kernel routes a step, and how its programs share the work."""
+
+    launch: Launcher
+    grid: tuple[int, int, int]
+    partial_floats: int
+    """Of scratch: what programs leave for the one that chooses."""
+    free: tuple[int, ...]
+    """The kernel's own parameters before those that both kernels have."""
+    constants: tuple[int, ...]
+    """Likewise, between the sizes and the flags that both have."""
 
 
 @triton.jit

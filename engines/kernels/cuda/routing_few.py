@@ -10,9 +10,9 @@ import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
 from engines.kernels.cuda.launch import Launcher
-from engines.kernels.cuda.routing_choice import norm_one, store_choice, token_scores, uniform_scores
+from engines.kernels.cuda.routing_choice import Division, norm_one, store_choice, token_scores, uniform_scores
 
-MOST_EXPERTS, MOST_SPLITS = 128, 32
+MOST_TOKENS, MOST_EXPERTS, MOST_SPLITS = 16, 128, 32
 WEIGHTS = 8192
 """Of the router in one program's registers."""
 
@@ -125,4 +125,15 @@ def _route_few_kernel(
     )
 
 
-route_few = Launcher(_route_few_kernel)
+_route_few = Launcher(_route_few_kernel)
+
+
+def divide_few(tokens: int, width: int, experts: int) -> Division | None:
+    """Programs for each token; None where they would be too many, or too large."""
+    block = triton.next_power_of_2(experts)
+    depth = WEIGHTS // block
+    splits = triton.cdiv(width, depth)
+    if tokens > MOST_TOKENS or experts > MOST_EXPERTS or splits > MOST_SPLITS:
+        return None
+    constants = (splits, triton.next_power_of_2(splits), depth)
+    return Division(_route_few, (tokens, splits + 1, 1), tokens * splits * (block + 1), (), constants)

@@ -20,7 +20,7 @@ import triton.language as tl
 from engines.kernels import row_parameters
 from engines.kernels.cuda.device import machine_at
 from engines.kernels.cuda.launch import Launcher
-from engines.kernels.cuda.truncation import Truncates, truncation_floors
+from engines.kernels.cuda.truncation import Truncates, divided, truncation_floors
 
 PART = 2048
 """Tokens of the vocabulary that one program ranks."""
@@ -74,12 +74,6 @@ def _exact_noise(words):
     """As ``reference.gumbel_noise`` defines it."""
     uniform = (words.to(tl.float64) + 0.5) * (1.0 / 16777216.0)
     return (-tl.log(-tl.log(uniform))).to(tl.float32)
-
-
-@triton.jit
-def _divided(value, temperature):
-    """Rounded as the division of two floats, which Triton's own operator is not."""
-    return tl.math.div_rn(value, temperature + tl.zeros_like(value))
 
 
 @triton.jit
@@ -152,7 +146,7 @@ def _score(logits, token, floor, line, place, TRUNCATED: tl.constexpr):
         )
         lane = token % 4
         word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
-        scaled = _divided(value, temperature)
+        scaled = divided(value, temperature)
         score = scaled + _exact_noise(word >> 8)
         if TRUNCATED:
             score = tl.where(scaled >= floor, score, float("-inf"))

@@ -47,7 +47,7 @@ class Fused:
 
 
 @functools.cache
-def _scratch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def split_scratch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial sums and counters of the programs that share a tile. Kernels of one stream use them one after the other;
     each leaves the counters at zero."""
     return (
@@ -58,7 +58,7 @@ def _scratch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def reserve(device: torch.device) -> None:
     """Allocate what kernels on this device share: before any graph is captured, whose memory is its own."""
-    _scratch(device)
+    split_scratch(device)
 
 
 def skinny_config(
@@ -152,7 +152,7 @@ def skinny_linear(
     output = x.new_empty(rows, lines // 2 if gated else lines, dtype=dtype) if into is None else into
     gain, eps = (x, 0.0) if norm is None else norm
     _launch(
-        (-(-lines // config.block_n), config.splits, 1),
+        (ceil_div(lines, config.block_n), config.splits, 1),
         (
             x,
             weight,
@@ -160,7 +160,7 @@ def skinny_linear(
             x if bias is None else bias,
             x if residual is None else residual,
             output,
-            *_scratch(x.device),
+            *split_scratch(x.device),
             x if squares is None else squares,
             *((x, x, x) if handover is None else (handover.norm.weight, handover.scaled, handover.squares)),
         ),

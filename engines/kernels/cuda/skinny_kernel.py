@@ -20,7 +20,7 @@ from engines.kernels.cuda.skinny_product import narrow_product, prefetch, wide_p
 
 
 @triton.jit
-def _line(tile, place, lines, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+def tile_line(tile, place, lines, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
     """Of the weight, at a place of a tile; places past the last line repeat it."""
     line = tile * BLOCK_N + place
     half = lines // 2
@@ -28,7 +28,7 @@ def _line(tile, place, lines, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit
-def _sum_splits(
+def sum_splits(
     sums,
     squares,
     partials,
@@ -67,7 +67,7 @@ def _sum_splits(
 
 
 @triton.jit
-def _load_handed(squares, row, valid, HANDED: tl.constexpr, HANDED_BLOCK: tl.constexpr):
+def load_handed(squares, row, valid, HANDED: tl.constexpr, HANDED_BLOCK: tl.constexpr):
     """(rows, HANDED_BLOCK) sums of squares, zeros behind HANDED."""
     sums = 0.0
     if HANDED > 0:
@@ -78,7 +78,7 @@ def _load_handed(squares, row, valid, HANDED: tl.constexpr, HANDED_BLOCK: tl.con
 
 
 @triton.jit
-def _finish(
+def finish(
     sums,
     squares,
     handed,
@@ -117,7 +117,7 @@ def _finish(
 
 
 @triton.jit
-def _hand_over(hidden, gains, scaled_place, squares_place, mask, valid):
+def hand_over(hidden, gains, scaled_place, squares_place, mask, valid):
     """What the norm of the layer that reads ``hidden`` next needs of this tile."""
     wide = hidden.to(tl.float32)
     scaled = wide * gains.to(tl.float32)[None, :]
@@ -177,7 +177,7 @@ def skinny_kernel(
     tile, split = tl.program_id(0), tl.program_id(1)
     if EARLY:
         tl_cuda.gdc_launch_dependents()
-    line = _line(tile, tl.arange(0, BLOCK_N), lines, BLOCK_N, GATED)
+    line = tile_line(tile, tl.arange(0, BLOCK_N), lines, BLOCK_N, GATED)
     chunk = tl.cdiv(tl.cdiv(depth, BLOCK_K), SPLITS) * BLOCK_K
     start = split * chunk
     end = tl.minimum(start + chunk, depth)
@@ -187,7 +187,7 @@ def skinny_kernel(
         # The warps share the lines out.
         thread, each = tl.arange(0, 32 * WARPS), BLOCK_N // WARPS
         lane = thread // 32 * each + thread % each
-        prefetched = weight + _line(tile, lane, lines, BLOCK_N, GATED).to(tl.int64) * depth
+        prefetched = weight + tile_line(tile, lane, lines, BLOCK_N, GATED).to(tl.int64) * depth
         prefetch(prefetched + start, PREFETCH)
     row = tl.arange(0, BLOCK_M)
     valid = row < rows
@@ -204,7 +204,7 @@ def skinny_kernel(
     added = 0.0
     if RESIDUAL:
         added = tl.load(residual + (row * residual_stride)[:, None] + column[None, :], mask=mask, other=0.0)
-    handed = _load_handed(handed_squares, row, valid, HANDED, HANDED_BLOCK)
+    handed = load_handed(handed_squares, row, valid, HANDED, HANDED_BLOCK)
     if PARTS == 0:
         sums, squares = wide_product(
             x,
@@ -247,15 +247,13 @@ def skinny_kernel(
     if FOLLOWING > 0:
         # While this program ends and that tile's starts in its place, memory would have nothing to do.
         following = tl.minimum(tile + FOLLOWING, tl.num_programs(0) - 1)
-        prefetch(weight + _line(following, lane, lines, BLOCK_N, GATED).to(tl.int64) * depth, PREFETCH)
+        prefetch(weight + tile_line(following, lane, lines, BLOCK_N, GATED).to(tl.int64) * depth, PREFETCH)
     last = True
     if SPLITS > 1:
-        sums, squares, last = _sum_splits(
-            sums, squares, partials, counters, tile, split, BLOCK_M, BLOCK_N, SPLITS, NORM
-        )
+        sums, squares, last = sum_splits(sums, squares, partials, counters, tile, split, BLOCK_M, BLOCK_N, SPLITS, NORM)
     if last:
         place = (row * columns)[:, None] + column[None, :]
-        hidden = _finish(
+        hidden = finish(
             sums,
             squares,
             handed,
@@ -275,4 +273,4 @@ def skinny_kernel(
         )
         if NEXT:
             squares_place = next_squares + row * tl.num_programs(0) + tile
-            _hand_over(hidden, gains, next_scaled + place, squares_place, mask, valid)
+            hand_over(hidden, gains, next_scaled + place, squares_place, mask, valid)

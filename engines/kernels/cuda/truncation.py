@@ -75,7 +75,7 @@ def _value(key):
 
 
 @triton.jit
-def _divided(value, temperature):
+def divided(value, temperature):
     """Rounded as the division of two floats, which Triton's own operator is not."""
     return tl.math.div_rn(value, temperature + tl.zeros_like(value))
 
@@ -122,7 +122,7 @@ def _best_kernel(
         highest = tl.max(tl.load(part_best + row * parts + one, mask=one < parts, other=float("-inf")), 0)
         floor = tl.full((), float("-inf"), tl.float32)
         if (min_p > 0.0) & (temperature >= GREEDY_BELOW):
-            floor = _divided(highest, temperature) + tl.log(min_p.to(tl.float64)).to(tl.float32)
+            floor = divided(highest, temperature) + tl.log(min_p.to(tl.float64)).to(tl.float32)
         tl.store(best + row, highest)
         # Bounds are found among the logits and compared once divided, so that what is equal then stays together.
         tl.store(least + row, floor * tl.maximum(temperature, GREEDY_BELOW))
@@ -197,7 +197,7 @@ def _digit_kernel(
         if SHIFT == 0:
             kept = _value(found)
             tl.store(least + row, tl.maximum(tl.load(least + row), kept))
-            tl.store(floors + row, tl.maximum(tl.load(floors + row), _divided(kept, temperature)))
+            tl.store(floors + row, tl.maximum(tl.load(floors + row), divided(kept, temperature)))
 
 
 _find_best = Launcher(_best_kernel)

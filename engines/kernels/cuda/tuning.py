@@ -1,8 +1,8 @@
 """Which configuration of the skinny kernel a linear layer runs: a table found on the device, or a model of the machine.
 
 Tables lie beside this file, one a kind of GPU, written by ``benchmarks/tune_kernels.py``, which times each layer alone,
-and ``benchmarks/tune_steps.py``, which times whole steps. A shape that no table knows
-takes the configuration that the model finds fastest; nothing is searched or timed when a server starts.
+and ``benchmarks/tune_steps.py``, which times whole steps. A shape that no table knows takes the configuration that the
+model finds fastest; nothing is searched or timed when a server starts.
 """
 
 from __future__ import annotations
@@ -285,9 +285,14 @@ def _config_of(fields: list[int]) -> SkinnyConfig:
     return SkinnyConfig(block_n, block_k, parts, splits, warps, stages, prefetch, bool(early))
 
 
+def gpu_slug(gpu: str) -> str:
+    """A kind of GPU as names of files have it."""
+    return re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
 def table_name(gpu: str) -> str:
     """File name of a kind of GPU."""
-    return f"linear-{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    return f"linear-{gpu_slug(gpu)}.json"
 
 
 def table_entries(machine: Machine, folder: Path) -> dict[str, dict[str, list[int] | None]]:

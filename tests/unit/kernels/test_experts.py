@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from engines import kernels
 from engines.kernels import PackedExperts, RmsNorm, Router, RoutingRule
-from engines.kernels.experts import Stacks, _cut_shared, choose
+from engines.kernels.experts import Stacks, choose, cut_shared
 from engines.models.batch import Batch
 
 TOKENS, WIDTH, INNER, SHARED, EXPERTS, CHOSEN = 13, 48, 24, 40, 8, 3
@@ -37,7 +37,7 @@ class Layer:
 
     def stacked(self) -> PackedExperts:
         """As on a GPU."""
-        gate_up, down = _cut_shared(*self.shared, inner=INNER)
+        gate_up, down = cut_shared(*self.shared, inner=INNER)
         stacks = Stacks(torch.stack(self.gate_up + gate_up), torch.stack(self.down + down), CHOSEN, len(down))
         return PackedExperts((), (), None, stacks)
 

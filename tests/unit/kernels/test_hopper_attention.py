@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import os
+import subprocess
+import sys
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -14,18 +17,23 @@ from tests.unit.kernels.paged import PagedCache, Row
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-from engines.kernels.cuda import hopper_attention, hopper_persistent, hopper_tiles
+from engines.kernels.cuda import device, hopper_attention, hopper_products, hopper_tiles
 from engines.kernels.cuda.attention import LOG2_E
-from engines.kernels.cuda.hopper_attention import LINES, WIDTH
+from engines.kernels.cuda.hopper_attention import MOST_ROWS, WIDTH
 
-SHORT = [(5, 5)] * 260
+SHORT = [(5, 5)] * 90
 SOME = [(1, 1), (31, 1), (127, 127), (129, 129), (21, 16), (357, 257), (132, 3)]
 
 
-def expect_definition(
-    module: ModuleType, kernel: str, heads: int, kv_heads: int, rows: list[tuple[int, int]], known: bool,
-    tile: tuple[int, ...], programs: int | None,
-) -> None:  # fmt: skip
+@pytest.mark.parametrize("programs", [1, 40])
+@pytest.mark.parametrize(("at_once", "stages"), [(128, 2), (64, 3)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "rows"), [(12, 2, SOME), (7, 1, SOME), (7, 1, [(300, 100)]), (1, 1, SHORT)]
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_chunks(
+    heads: int, kv_heads: int, rows: list[tuple[int, int]], at_once: int, stages: int, programs: int, known: bool
+) -> None:
     """All rows where the host knows which they are; else those of one token are left to another kernel."""
     longest = max(context for context, _ in rows)
     paged = PagedCache(len(rows), longest, [(kv_heads, WIDTH)] * 2, 16, torch.float32)
@@ -38,22 +46,17 @@ def expect_definition(
     lines = torch.randperm(len(rows))
     tables = torch.zeros_like(batch.block_tables)
     tables[lines] = batch.block_tables
-    scale, group = WIDTH**-0.5, heads // kv_heads
-    matrices = [tensor.flatten(0, 1).flatten(1).numpy() for tensor in paged.tensors]
-    pointers = [queries, output, starts, batch.context_lengths, tables, lines]
-    drawn = torch.zeros(1, dtype=torch.int32)
-    walking = module is hopper_persistent
-    if walking:
-        pointers.append(drawn)
+    scale, drawn = WIDTH**-0.5, torch.zeros(1, dtype=torch.int32)
+    pointers = (queries, output, starts, batch.context_lengths, tables, lines, drawn)
     gluon_emulator.run(
-        module,
-        kernel,
-        programs or kv_heads * (tokens * group // LINES + len(rows)),
-        *matrices,
+        hopper_attention,
+        "_hopper_kernel",
+        programs,
+        *(tensor.flatten(0, 1).flatten(1).numpy() for tensor in paged.tensors),
         *(gluon_emulator.Pointer(tensor.numpy()) for tensor in pointers),
         *(heads * WIDTH, WIDTH, len(rows), 0, tables.shape[1], int(not known), scale * LOG2_E),
-        *(group, kv_heads, 16, *tile, True, 240, 24),
-        needs=(hopper_attention, hopper_tiles) if walking else (),
+        *(heads // kv_heads, kv_heads, 16, at_once, stages, MOST_ROWS, True, 240, 24),
+        needs=(hopper_tiles, hopper_products),
     )
     assert drawn.item() == 0
     expected = reference.attention(queries, paged.keys, paged.values, batch, scale)
@@ -63,26 +66,32 @@ def expect_definition(
     np.testing.assert_allclose(output.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize(("at_once", "stages"), [(128, 2), (64, 3)])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "rows"), [(12, 2, SOME), (7, 1, SOME), (7, 1, [(300, 100)]), (1, 1, SHORT)]
-)
-@pytest.mark.parametrize("known", [True, False])
-def test_chunks(heads: int, kv_heads: int, rows: list[tuple[int, int]], at_once: int, stages: int, known: bool) -> None:
-    expect_definition(
-        hopper_attention, "_hopper_kernel", heads, kv_heads, rows, known, (at_once, stages, 256), programs=None
-    )
+LAUNCHES = """
+import torch
+from engines.kernels.cuda.device import rehearse_on
+from engines.kernels.cuda.launch import Launcher
+from engines.kernels.cuda.prefill_attention import attend_chunks
+from engines.kernels.cuda.tuning import Machine
+from engines.models.batch import Batch
+
+rehearse_on(Machine("NVIDIA H200", (9, 0), 132, 233_472))
+names = []
+Launcher.recorder = lambda launched: names.append(launched.name)
+for tokens, rows in {cases}:
+    integers = torch.empty(rows + 1, dtype=torch.int32, device="meta")
+    tables = torch.empty(rows, 8, dtype=torch.int32, device="meta")
+    batch = Batch(*[integers] * 4, integers[1:], tables, decode_rows=0, longest_query=9, longest_context=9)
+    queries = torch.empty(tokens, 12, 128, dtype=torch.bfloat16, device="meta")
+    cache = (torch.empty(64, 16, 2, 128, dtype=torch.bfloat16, device="meta"),) * 2
+    attend_chunks(queries, cache, batch, 1.0, torch.empty_like(queries))
+print(*names)
+"""
 
 
-@pytest.mark.parametrize("programs", [1, 40])
-@pytest.mark.parametrize(("at_once", "stages"), [(128, 2), (64, 3)])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "rows"), [(12, 2, SOME), (7, 1, SOME), (7, 1, [(300, 100)]), (1, 1, SHORT[:90])]
-)
-@pytest.mark.parametrize("known", [True, False])
-def test_chunks_of_programs_that_walk_over_tiles(
-    heads: int, kv_heads: int, rows: list[tuple[int, int]], at_once: int, stages: int, programs: int, known: bool
-) -> None:
-    expect_definition(
-        hopper_persistent, "_persistent_kernel", heads, kv_heads, rows, known, (at_once, stages, 256), programs
-    )
+def test_it_serves_steps_of_many_tokens_and_not_more_rows_than_it_orders() -> None:
+    cases = [(1407, 256), (1408, 256), (1408, 257)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", LAUNCHES.format(cases=cases)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    large = "_hopper_kernel" if version("triton").startswith(device.GLUON_TRITON) else "_prefill_kernel"
+    assert done.stdout.split() == ["_prefill_kernel", large, "_prefill_kernel"]

@@ -1,13 +1,14 @@
-"""The kernel of ``hopper_attention`` with one program for each processor, which walks over tiles of all rows.
+"""The products and the softmax of ``hopper_attention``: what each of its two groups of four warps does.
 
-A tile's first keys and its queries are on their way while the tile before is still multiplied, its first scores are
-computed together with that tile's last sums, and that tile's results are written while the next one runs. In what order
-tiles are taken, and by whom, is told in ``hopper_tiles``.
+A group starts the scores of the next keys, then the sums over the last ones, and takes the softmax of the scores while
+the sums are still being computed; and while one group takes its softmax, the other's products run. A tile's queries
+are on their way while the tile before is still multiplied, its first scores are computed together with that tile's last
+sums, and that tile's results are written while the next one runs. The method is that of FlashAttention-3 (Shah et al.
+2024), for a cache in blocks.
 """
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -18,17 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from engines.kernels.cuda.attention import LOG2_E
-from engines.kernels.cuda.device import processors
-from engines.kernels.cuda.hopper_attention import HALF, KEYS, STAGES, WIDTH, _let_start, _softmax
-from engines.kernels.cuda.hopper_tiles import find_tile, keys_seen, levels, move_tiles, noted
-from engines.kernels.cuda.launch import Launcher, Tiled
-from engines.kernels.cuda.scratch import counters
-from engines.kernels.reference import AttentionBatch
-
-MOST_ROWS = 256
-"""That a program orders the tiles of."""
-GROUP_REGISTERS, MOVER_REGISTERS = 216, 80
+from engines.kernels.cuda.hopper_tiles import keys_seen, noted
 
 
 @gluon.jit
@@ -71,6 +62,18 @@ def _scores(q, turn, k_tiles, slot, KEYS: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def _softmax(scores, last, first, scale, best, total, KEYS: gl.constexpr, MASKED: gl.constexpr, layout: gl.constexpr):
+    """Weights of one more tile of scores, the running maximum and total, and what the sums shrink by."""
+    if MASKED:
+        place = first + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
+        scores = gl.where(place[None, :] <= last[:, None], scores, float("-inf"))
+    higher = gl.maximum(best, gl.max(scores, 1) * scale)
+    weights = gl.exp2(scores * scale - higher[:, None])
+    shrink = gl.exp2(best - higher)
+    return weights, higher, total * shrink + gl.sum(weights, 1), shrink
+
+
+@gluon.jit
 def _attend_steps(
     begin, end, base, q, turn, k_tiles, v_tiles, full, empty, last, scale, best, total, weights, left, right,
     KEYS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, layout: gl.constexpr, sums_layout: gl.constexpr
@@ -84,7 +87,7 @@ def _attend_steps(
         scores = warpgroup_mma_wait(2, deps=(scores,))
         wide, best, total, shrink = _softmax(scores, last, step * KEYS, scale, best, total, KEYS, MASKED, layout)
         fresh = gl.convert_layout(wide.to(weights.dtype), weights.type.layout)
-        # Waited for here as in ``hopper_attention``: the softmax belongs before the next line.
+        # The next step is waited for here because ptxas moves no softmax past a loop: it belongs before the next line.
         mbarrier.wait(full.index(behind % STAGES), (behind // STAGES) & 1)
         left, right, weights, fresh, total = warpgroup_mma_wait(0, deps=(left, right, weights, fresh, total))
         gl.thread_barrier()
@@ -132,7 +135,7 @@ def _write(
 
 
 @gluon.jit
-def _multiply_tiles(
+def multiply_tiles(
     q, k_tiles, v_tiles, full, empty, notes, queries, output, token_stride, head_stride, start, count, earlier, tile,
     kv_head, more, scale, HEADS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     SECOND: gl.constexpr
@@ -203,126 +206,3 @@ def _multiply_tiles(
             total, weights, turn = next_total, fresh, turn + 1
             left = gl.zeros([64, 64], gl.float32, sums_layout)
             right = gl.zeros([64, 64], gl.float32, sums_layout)
-
-
-@gluon.jit(do_not_specialize=["rows", "first_row", "table_stride", "skip_single"])
-def _persistent_kernel(
-    keys,
-    values,
-    queries,
-    output,
-    query_starts,
-    context_lengths,
-    block_tables,
-    table_rows,
-    drawn,
-    token_stride,
-    head_stride,
-    rows,
-    first_row,
-    table_stride,
-    skip_single,
-    scale,
-    GROUP: gl.constexpr,
-    KV_HEADS: gl.constexpr,
-    BLOCK: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
-    ROWS: gl.constexpr,
-    TABLE_ROWS: gl.constexpr,
-    GROUP_REGISTERS: gl.constexpr,
-    MOVER_REGISTERS: gl.constexpr,
-):
-    """Grid (any number,), four warps: the first group. At most ROWS rows from ``first_row`` on."""
-    _let_start()
-    dtype: gl.constexpr = queries.dtype.element_ty
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    parts: gl.constexpr = KEYS // BLOCK
-    first_q = gl.allocate_shared_memory(dtype, [4, 64, 64], layout)
-    second_q = gl.allocate_shared_memory(dtype, [4, 64, 64], layout)
-    key_blocks = gl.allocate_shared_memory(dtype, [STAGES * 2 * parts, BLOCK, 64], layout)
-    value_blocks = gl.allocate_shared_memory(dtype, [STAGES * 2 * parts, BLOCK, 64], layout)
-    k_tiles = key_blocks._reinterpret(dtype, [STAGES * 2, KEYS, 64], layout)
-    v_tiles = value_blocks._reinterpret(dtype, [STAGES * 2, KEYS, 64], layout)
-    notes = gl.allocate_shared_memory(gl.int32, [64, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
-    fence_async_shared()
-    gl.thread_barrier()
-
-    lowest, tiles, above, total = levels(
-        query_starts, context_lengths, first_row, rows, skip_single, GROUP, ROWS, 4
-    )  # fmt: skip
-    units = total * KV_HEADS
-    more = gl.program_id(0) < units
-    unit = gl.maximum(gl.minimum(gl.program_id(0), units - 1), 0)
-    row, start, count, earlier, tile, level = find_tile(
-        unit // KV_HEADS, lowest, tiles, above, query_starts, context_lengths, first_row, rows, GROUP
-    )
-    kv_head = unit % KV_HEADS
-    heads: gl.constexpr = GROUP * KV_HEADS
-    gl.warp_specialize(
-        [
-            (_multiply_tiles, (first_q, k_tiles, v_tiles, full, empty, notes, queries, output, token_stride,
-                               head_stride, start, count, earlier, tile, kv_head, more, scale, heads, GROUP, KEYS,
-                               STAGES, 0)),
-            (_multiply_tiles, (second_q, k_tiles, v_tiles, full, empty, notes, queries, output, token_stride,
-                               head_stride, start, count, earlier, tile, kv_head, more, scale, heads, GROUP, KEYS,
-                               STAGES, 1)),
-            (move_tiles, (keys, values, key_blocks, value_blocks, full, empty, notes, drawn, query_starts,
-                          context_lengths, block_tables, table_rows, rows, first_row, table_stride, skip_single, row,
-                          count, earlier, tile, level, more, GROUP, KV_HEADS, BLOCK, KEYS, STAGES, ROWS, TABLE_ROWS)),
-        ],
-        [4, 1],
-        [GROUP_REGISTERS, MOVER_REGISTERS],
-    )  # fmt: skip
-
-
-_attend = Launcher(_persistent_kernel)
-
-
-def attend_chunks(
-    queries: torch.Tensor,
-    cache: tuple[torch.Tensor, ...],
-    batch: AttentionBatch,
-    scale: float,
-    output: torch.Tensor,
-    tiles: int,
-    at_once: int = KEYS,
-    stages: int = STAGES,
-) -> None:
-    """As ``hopper_attention.attend_chunks``, for at most ``MOST_ROWS`` rows behind ``decode_rows``."""
-    keys, values = cache[:2]
-    block_size, kv_heads = keys.shape[1:3]
-    tables, line = batch.block_tables, batch.table_rows
-    rows, known = min(batch.context_lengths.shape[0], queries.shape[0]), batch.decode_rows is not None
-    _attend(
-        (min(tiles * kv_heads, processors(queries.device)), 1, 1),
-        (
-            queries,
-            output,
-            batch.query_starts,
-            batch.context_lengths,
-            tables,
-            tables if line is None else line,
-            counters(queries.device).drawn,
-        ),
-        fixed=queries.stride()[:2],
-        free=(rows, batch.decode_rows or 0, tables.stride(0), int(not known), scale * LOG2_E),
-        constants=(
-            queries.shape[1] // kv_heads,
-            kv_heads,
-            block_size,
-            at_once,
-            stages,
-            MOST_ROWS,
-            line is not None,
-            GROUP_REGISTERS,
-            MOVER_REGISTERS,
-        ),
-        warps=4,
-        tiled=tuple(Tiled(one.view(-1, kv_heads * WIDTH), (block_size, HALF)) for one in (keys, values)),
-    )
