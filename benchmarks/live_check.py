@@ -107,32 +107,28 @@ def lines(row: str, load: float, pairs: Sequence[tuple[Score, Score]], tail: str
     ]
 
 
-def check_all(check: Check, grid: Grid, tail: str) -> list[Line]:
-    check.warm()
-    print("| row | load | figure | real | simulated | difference | bar |\n|---|---|---|---|---|---|---|")
+def check_row(check: Check, grid: Grid, row: GridRow, tail: str) -> list[Line]:
+    """Every load of a row, each printed when it is there."""
     found = []
-    for row in grid.rows:
-        for load in grid.loads:
-            pairs = [check.compare(row, load, seed) for seed in grid.seeds]
-            of_cell = lines(row.name, load, pairs, tail)
-            print("\n".join(line.text() for line in of_cell), flush=True)
-            found += of_cell
+    for load in grid.loads:
+        pairs = [check.compare(row, load, seed) for seed in grid.seeds]
+        of_cell = lines(row.name, load, pairs, tail)
+        print("\n".join(line.text() for line in of_cell), flush=True)
+        found += of_cell
     return found
 
 
-def record(name: str, grid: Grid, facts: dict[str, object], found: Sequence[Line]) -> Path:
-    """Rows that were run now take the places of those on record; the others stay, each with its machine and commit."""
-    rows = {
-        row.name: {
-            "machine": facts,
-            "row": msgspec.to_builtins(row),
-            "seeds": grid.seeds,
-            "lines": [msgspec.to_builtins(line) for line in found if line.row == row.name],
-        }
-        for row in grid.rows
+def record(name: str, grid: Grid, row: GridRow, facts: dict[str, object], found: Sequence[Line]) -> Path:
+    """The row takes the place of the one on record; the others stay, each with its machine and commit."""
+    entry = {
+        "machine": facts,
+        "row": msgspec.to_builtins(row),
+        "seeds": grid.seeds,
+        "seconds": grid.seconds,
+        "lines": [msgspec.to_builtins(line) for line in found],
     }
     known = report.read(name).get("rows", {})
-    return report.write(name, {"rows": known | rows})
+    return report.write(name, {"rows": known | {row.name: entry}})
 
 
 def main() -> None:
@@ -141,22 +137,31 @@ def main() -> None:
     parser.add_argument("--config", choices=list(CONFIGS), default="r1-1.5b", help="shapes on a GPU, random weights")
     parser.add_argument("--rows", nargs="+", metavar="NAME")
     parser.add_argument("--repeats", type=int)
+    parser.add_argument("--seconds", type=float, help="of arrivals in each run; default: what the file says")
     parser.add_argument("--clients", type=int, help="client processes; default: one on two cores, at most six")
     arguments = parser.parse_args()
     on_cpu = arguments.device == "cpu"
     grid = live_grid(arguments.device)
     rows = [row for row in grid.rows if not arguments.rows or row.name in arguments.rows]
-    grid = msgspec.structs.replace(grid, rows=rows, seeds=grid.seeds[: arguments.repeats])
+    seconds = arguments.seconds or grid.seconds
+    grid = msgspec.structs.replace(grid, rows=rows, seeds=grid.seeds[: arguments.repeats], seconds=seconds)
     coefficients = read(grid.coefficients)
     facts = report.print_header(f"Simulator against reality: {coefficients.model}, step times {coefficients.origin}")
     facts["device"] = "cpu" if on_cpu else report.device_name()
     clients = arguments.clients or max(1, min(6, len(os.sched_getaffinity(0)) // 2))
+    held = True
     with served_model(arguments.device, arguments.config) as server:
         check = Check(grid, coefficients, server.url, clients, vocabulary(arguments.device, arguments.config))
-        found = check_all(check, grid, "p90" if on_cpu else "p99")
-    path = record(f"live_check_{arguments.device}", grid, facts | {"clients": clients}, found)
+        check.warm()
+        print(
+            "| row | load | figure | real | simulated | difference | bar |\n|---|---|---|---|---|---|---|", flush=True
+        )
+        for row in grid.rows:
+            found = check_row(check, grid, row, "p90" if on_cpu else "p99")
+            path = record(f"live_check_{arguments.device}", grid, row, facts | {"clients": clients}, found)
+            held = held and all(line.held for line in found)
     print(f"written to {path.relative_to(report.ROOT)}")
-    if not all(line.held for line in found):
+    if not held:
         raise SystemExit("the bar is missed")
 
 

@@ -28,8 +28,8 @@ TAX_BAR = 0.02
 CLIENTS = {"cpu": 32, "cuda": 256}
 MEMORY = {"cpu": "1100MiB", "cuda": "5.5GiB"}
 """So little that KV runs short: SmolLM2's weights take half of it, those of the 1.5B config 3.1 GiB."""
-WARM_UP = {"cpu": 10.0, "cuda": 40.0}
-"""Seconds until every client has a stream, and on a GPU until kernels are compiled and graphs captured."""
+WARM_UP = {"cpu": 10.0, "cuda": 15.0}
+"""Seconds until every client has a stream, and on a GPU until graphs are captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Found:
             idle=1 - grown("step_seconds_sum") / seconds,
             preemptions=int(grown("preemptions_total")),
             recompute_tax=grown("recomputed_tokens_total") / max(1.0, grown("computed_tokens_total")),
-            kv_blocks=int(last.value("kv_blocks_total")),
+            kv_blocks=int(last.value("kv_blocks")),
             tokens_per_second=grown("generated_tokens_total") / seconds,
         )
 

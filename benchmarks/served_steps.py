@@ -25,6 +25,7 @@ from benchmarks.live_traffic import live_grid, mixed_traffic, served_model, voca
 from benchmarks.model_configs import CONFIGS
 from benchmarks.simulation import fitting
 from benchmarks.simulation.coefficients import Coefficients, StepSample, StepShape, quantiles, read, write
+from benchmarks.simulation.grid import Grid
 from benchmarks.simulation.live import drive
 
 SEED = 9001
@@ -38,6 +39,12 @@ class LoggedWork(msgspec.Struct):
     tokens: int
     decode_pairs: float
     prompt_pairs: float
+    padding: int = 0
+    """Tokens that filled a captured graph up."""
+
+    @property
+    def computed(self) -> int:
+        return self.tokens + self.padding
 
 
 class LoggedStep(msgspec.Struct):
@@ -65,7 +72,7 @@ def merged(steps: Sequence[LoggedStep], most: int = MOST_SHAPES) -> list[StepSam
 
 
 def _size(work: LoggedWork, sizes_in_a_doubling: float) -> tuple[int, ...]:
-    figures = (work.rows, work.tokens, work.decode_pairs, work.prompt_pairs)
+    figures = (work.rows, work.computed, work.decode_pairs, work.prompt_pairs)
     return tuple(round(sizes_in_a_doubling * math.log2(1 + figure)) for figure in figures)
 
 
@@ -73,7 +80,7 @@ def _sample(group: Sequence[LoggedStep]) -> StepSample:
     works = [step.work for step in group]
     shape = StepShape(
         rows=round(sum(work.rows for work in works) / len(works)),
-        tokens=round(sum(work.tokens for work in works) / len(works)),
+        tokens=round(sum(work.computed for work in works) / len(works)),
         decode_pairs=sum(work.decode_pairs for work in works) / len(works),
         prompt_pairs=sum(work.prompt_pairs for work in works) / len(works),
     )
@@ -96,6 +103,18 @@ def fitted(alone: Coefficients, steps: Sequence[LoggedStep]) -> Coefficients:
     )
 
 
+def fit_served(grid: Grid, steps: Sequence[LoggedStep], facts: dict[str, object]) -> None:
+    """Write what the steps of a server say, beside the coefficients that were measured alone, and print both."""
+    name = grid.coefficients.removesuffix("_served")
+    alone = read(name)
+    served = msgspec.structs.replace(fitted(alone, steps), machine=facts)
+    slower = sorted(step.took / alone.costs.seconds(_sample([step]).shape) for step in steps)
+    print(f"{len(steps)} steps, {slower[len(slower) // 2]:.2f} times as long as alone (median)")
+    print(f"fitted: {served.costs}")
+    print(f"relative error p50 {served.errors['p50']:.1%}, p95 {served.errors['p95']:.1%}")
+    print(f"written to {write(f'{name}_served', served).relative_to(report.ROOT)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -103,8 +122,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of traffic at each load of the live grid")
     arguments = parser.parse_args()
     grid = live_grid(arguments.device)
-    alone = read(grid.coefficients.removesuffix("_served"))
-    facts = report.print_header(f"Step times in service: {alone.model}")
+    facts = report.print_header(f"Step times in service: {read(grid.coefficients.removesuffix('_served')).model}")
     facts["device"] = "cpu" if arguments.device == "cpu" else report.device_name()
     words = vocabulary(arguments.device, arguments.config)
     clients = max(1, min(6, len(os.sched_getaffinity(0)) // 2))
@@ -113,13 +131,7 @@ def main() -> None:
             requests = mixed_traffic(grid, load, arguments.seconds, SEED + index)
             drive(server.url, "m", words, requests, processes=clients, nonce=SEED + index)
         steps = logged_steps(server.log)
-    served = msgspec.structs.replace(fitted(alone, steps), machine=facts)
-    slower = [step.took / alone.costs.seconds(_sample([step]).shape) for step in steps]
-    print(f"{len(steps)} steps, {sorted(slower)[len(slower) // 2]:.2f} times as long as alone (median)")
-    print(f"fitted: {served.costs}")
-    print(f"relative error p50 {served.errors['p50']:.1%}, p95 {served.errors['p95']:.1%}")
-    name = f"{grid.coefficients.removesuffix('_served')}_served"
-    print(f"written to {write(name, served).relative_to(report.ROOT)}")
+    fit_served(grid, steps, facts)
 
 
 if __name__ == "__main__":

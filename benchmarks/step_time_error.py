@@ -2,6 +2,7 @@
 
     python -m benchmarks.step_time_error                                     SmolLM2 on the CPU, two and a half minutes
     python -m benchmarks.step_time_error --device cuda --config r1-1.5b
+    python -m benchmarks.step_time_error --device cuda --fit          and the simulator's costs from the same steps
 
 All rows of the live check come at once. After the first half of the time the relative errors that the server shows
 (/metrics: median and 95th percentile of its last 256 steps) are read once a second.
@@ -33,7 +34,7 @@ from benchmarks.live_traffic import (
 )
 from benchmarks.metrics_page import read_page
 from benchmarks.model_configs import CONFIGS
-from benchmarks.served_steps import LoggedStep, logged_steps, merged
+from benchmarks.served_steps import LoggedStep, fit_served, logged_steps, merged
 from benchmarks.servers import Server
 from benchmarks.simulation.live import drive, lead
 from benchmarks.simulation.run import Outcome
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--config", choices=list(CONFIGS), default="r1-1.5b", help="shapes on a GPU, random weights")
     parser.add_argument("--seconds", type=float, default=60.0, help="of traffic; the first half teaches")
     parser.add_argument("--load", type=float, default=0.9, help="over capacity")
+    parser.add_argument("--fit", action="store_true", help="then do what benchmarks.served_steps does")
     parser.add_argument("--spread-seconds", type=float, default=60.0, help="for identical steps on the CPU")
     arguments = parser.parse_args()
     facts = report.print_header("Errors of predicted step times")
@@ -137,6 +139,8 @@ def main() -> None:
     with served_model(arguments.device, arguments.config, log_level="debug") as server:
         found = errors_under(server, requests, token_ids, arguments.seconds)
         steps = logged_steps(server.log)
+    if arguments.fit:
+        fit_served(live_grid(arguments.device), steps, facts)
     spreads["in traffic"] = spread_in_traffic(steps[len(steps) // 2 :])
     if not spreads["in traffic"]:
         raise SystemExit("no step of the traffic was repeated: take more --seconds")

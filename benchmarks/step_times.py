@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class Measured:
     seconds: dict[GridPoint, list[float]] = field(default_factory=dict)
     shapes: dict[GridPoint, StepShape] = field(default_factory=dict)
     gaps: list[float] = field(default_factory=list)
-    """Wall time beyond the device's own, a step, by visit."""
+    """Wall time beyond the device's own from one result to the next, by visit."""
 
     def samples(self) -> list[StepSample]:
         return [StepSample(shape=self.shapes[point], seconds=seconds) for point, seconds in self.seconds.items()]
@@ -108,17 +109,18 @@ class Bench:
         self._engine.collect(first.step)
         launched: deque[int] = deque()
         seconds: list[float] = []
-        began = time.perf_counter()
-        for _ in range(REPEATS):
-            launched.append(self._engine.launch(self._plan(point, admit=False)))
-            if len(launched) == 2:
+        ends: list[float] = []
+        for index in range(REPEATS + 1):
+            if index < REPEATS:
+                launched.append(self._engine.launch(self._plan(point, admit=False)))
+            if index:
                 seconds.append(self._engine.collect(launched.popleft()).seconds)
-        seconds.append(self._engine.collect(launched.popleft()).seconds)
-        wall = time.perf_counter() - began
+                ends.append(time.perf_counter())
         if counted:
             self.measured.shapes[point] = shape_of(first)
             self.measured.seconds.setdefault(point, []).extend(seconds)
-            self.measured.gaps.append(max(0.0, wall - sum(seconds)) / REPEATS)
+            between = ends[-1] - ends[0] - sum(seconds[1:])
+            self.measured.gaps.append(max(0.0, between) / (REPEATS - 1))
 
     def _plan(self, point: GridPoint, admit: bool) -> StepPlan:
         self._step += 1
@@ -152,7 +154,10 @@ class Bench:
 
 
 def measure(engine: GenerationEngine, seconds: float) -> Measured:
-    """Two rounds at least, the first not counted (it compiles kernels), and more until the time is spent."""
+    """Two rounds at least, the first not counted (it compiles kernels), and more until the time is spent.
+
+    Ctrl-C in a counted round ends the measuring with what there is.
+    """
     if not engine.wait_captured(CAPTURE_SECONDS):
         print("  the engine still captures graphs: these times are those of a young server")
     randomness = random.Random()
@@ -161,12 +166,14 @@ def measure(engine: GenerationEngine, seconds: float) -> Measured:
     began = time.perf_counter()
     for point in points:
         bench.visit(point, counted=False)
-    rounds = 0
-    while rounds == 0 or time.perf_counter() - began < seconds:
-        randomness.shuffle(points)
-        for point in points:
-            bench.visit(point, counted=True)
-        rounds += 1
+    print(f"  first round of {len(points)} shapes in {time.perf_counter() - began:.0f} s", flush=True)
+    began, rounds = time.perf_counter(), 0
+    with suppress(KeyboardInterrupt):
+        while rounds == 0 or time.perf_counter() - began < seconds:
+            randomness.shuffle(points)
+            for point in points:
+                bench.visit(point, counted=True)
+            rounds += 1
     print(f"  {len(points)} shapes, {rounds} rounds of {REPEATS} steps in {time.perf_counter() - began:.0f} s")
     return bench.measured
 

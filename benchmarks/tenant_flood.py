@@ -2,6 +2,7 @@
 
     python -m benchmarks.tenant_flood                       # fake engine, steps of 20 ms
     python -m benchmarks.tenant_flood --model smollm2-135m --rate 2 --clients 64 --tokens 40
+    python -m benchmarks.tenant_flood --config r1-7b --output tenant_flood_gpu      # random weights, on a GPU
 
 The steady tenant sends at a fixed mean rate (Poisson). The flooding one has ``--clients`` clients,
 each of which sends its next request as soon as the last one ended, and a second after one that was
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.http_client import Answer, ask
+from benchmarks.model_configs import CONFIGS, config_folder
 from benchmarks.servers import free_port, running, slimserve
 from server.tenants import hash_key
 
@@ -103,15 +105,13 @@ async def alone_and_flooded(load: Load, seconds: float) -> tuple[Seen, Seen]:
 
 @contextlib.contextmanager
 def server_of_two_tenants(
-    folder: Path, model: str, step_seconds: float, *, max_concurrent: int | None, max_batch: int | None = None
+    folder: Path, model: dict[str, object], *, max_concurrent: int | None, max_batch: int | None = None
 ) -> Iterator[int]:
-    """Its port. ``model`` "fake" takes the fake engine; ``max_concurrent`` is the flooding tenant's."""
+    """Its port. ``model`` is the entry of the configuration, ``max_concurrent`` the flooding tenant's."""
     flooding = {"name": "flood", "keys": [hash_key(FLOOD)], "max_concurrent": max_concurrent}
     entries = [{"name": "steady", "keys": [hash_key(STEADY)]}, flooding]
     (folder / "tenants.yaml").write_text(json.dumps({"tenants": entries}))
-    fake = {"name": "fake", "kind": "fake", "fake_step_seconds": step_seconds}
-    models = [fake if model == "fake" else {"source": model}]
-    config = {"tenants": str(folder / "tenants.yaml"), "max_batch": max_batch, "models": models}
+    config = {"tenants": str(folder / "tenants.yaml"), "max_batch": max_batch, "models": [model]}
     (folder / "config.yaml").write_text(json.dumps(config))
     port = free_port()
     command = slimserve("serve", "--config", str(folder / "config.yaml"), "--port", str(port))
@@ -119,9 +119,24 @@ def server_of_two_tenants(
         yield port
 
 
+def entry(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Of the configuration, for a model called ``m``."""
+    if arguments.config:
+        return {"name": "m", "source": str(config_folder(folder, arguments.config)), "random_weights": 0}
+    if arguments.model == "fake":
+        return fake_model(arguments.step_ms / 1000)
+    return {"name": "m", "source": arguments.model}
+
+
+def fake_model(step_seconds: float) -> dict[str, object]:
+    return {"name": "m", "kind": "fake", "fake_step_seconds": step_seconds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="fake")
+    parser.add_argument("--config", choices=list(CONFIGS), help="instead: shapes with random weights, on a GPU")
+    parser.add_argument("--max-batch", type=int, help="rows of a step; default: what the engine takes")
     parser.add_argument("--step-ms", type=float, default=20.0, help="of the fake engine")
     parser.add_argument("--rate", type=float, default=10.0, help="steady requests a second")
     parser.add_argument("--clients", type=int, default=300, help="of the flooding tenant")
@@ -131,14 +146,12 @@ def main() -> None:
     parser.add_argument("--output", default="tenant_flood", help="name of the file under benchmarks/results")
     arguments = parser.parse_args()
     facts = report.print_header("Tenant flood")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        server_of_two_tenants(
-            Path(folder), arguments.model, arguments.step_ms / 1000, max_concurrent=arguments.max_concurrent
-        ) as port,
-    ):
-        load = Load(port, arguments.model, arguments.rate, arguments.clients, arguments.tokens)
-        alone, flooded = asyncio.run(alone_and_flooded(load, arguments.seconds))
+    quota, rows = arguments.max_concurrent, arguments.max_batch
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with server_of_two_tenants(folder, entry(arguments, folder), max_concurrent=quota, max_batch=rows) as port:
+            load = Load(port, "m", arguments.rate, arguments.clients, arguments.tokens)
+            alone, flooded = asyncio.run(alone_and_flooded(load, arguments.seconds))
     for name, seen in (("alone", alone), ("flooded", flooded)):
         times = f"p50 {seen.p50 * 1000:.1f} ms  p99 {seen.p99 * 1000:.1f} ms"
         print(f"  {name:8} {seen.requests} requests, {seen.refused} refused, first token {times}", flush=True)

@@ -28,7 +28,7 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def shape_of(plan: StepPlan) -> StepShape:
-    """Size of a plan's sequence rows."""
+    """Size of a plan's sequence rows, with what fills a captured graph up."""
     tokens = 0
     decode_pairs = prompt_pairs = 0.0
     for row in plan.rows:
@@ -38,6 +38,7 @@ def shape_of(plan: StepPlan) -> StepShape:
             decode_pairs += row.start + 1
         else:
             prompt_pairs += count * (row.start + (count + 1) / 2)
+    tokens = max(tokens, plan.graph_rows, plan.graph_tokens)
     return StepShape(rows=len(plan.rows), tokens=tokens, decode_pairs=decode_pairs, prompt_pairs=prompt_pairs)
 
 

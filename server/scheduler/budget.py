@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Literal
 
 from server.scheduler.items import StepWork
@@ -24,10 +26,20 @@ Bound = Literal["", "tokens", "trust", "time"]
 class StepBudget:
     """Tokens and predicted seconds of one step. Decodes are paid for first and are never held back."""
 
-    def __init__(self, work: StepWork, tokens: int, seconds: float, floor: int, model: StepTimeModel) -> None:
+    def __init__(
+        self,
+        work: StepWork,
+        tokens: int,
+        seconds: float,
+        floor: int,
+        model: StepTimeModel,
+        graphs: Sequence[int] = (),
+    ) -> None:
         """``work`` is the step's decodes and ``tokens`` what they leave.
 
         ``seconds``, perhaps infinite, are for the whole step; ``floor`` prompt tokens are granted whatever they say.
+        A step of no more tokens than the last of ``graphs`` takes what the next larger one of them takes, so where
+        time is short it is made no larger than the next smaller one.
         """
         self.work = work
         self.tokens = tokens
@@ -35,6 +47,7 @@ class StepBudget:
         """Why a row was last granted less than it wanted."""
         self._size: Bound = "tokens"
         self._seconds = seconds
+        self._graphs = graphs
         self._model = model
         self._floor = min(floor, tokens)
         if seconds < math.inf:
@@ -79,4 +92,13 @@ class StepBudget:
     def _fit(self, start: int) -> int:
         if self._seconds == math.inf:
             return self.tokens
-        return min(self.tokens, max(self._floor, self._model.tokens_within(self.work, start, self._seconds)))
+        fit = self._model.tokens_within(self.work, start, self._seconds)
+        return min(self.tokens, max(self._floor, self._filling(fit)))
+
+    def _filling(self, fit: int) -> int:
+        """``fit`` tokens more, or as many as just fill a graph."""
+        taken = self.work.tokens
+        if not self._graphs or taken + fit > self._graphs[-1]:
+            return fit
+        index = bisect_right(self._graphs, taken + fit)
+        return max(0, self._graphs[index - 1] - taken) if index else 0

@@ -187,7 +187,7 @@ class DynamicBatchScheduler:
     def plan(self, now: float, capacity: Mapping[str, Capacity]) -> StepPlan | None:
         """The next step to launch, or None: two are in flight, or nothing can run before a settle, an offer or ``due``.
 
-        ``capacity`` is the engines' present one, by name; only ``graph_rows`` may differ from that of ``add_engine``.
+        ``capacity`` is the engines' present one, by name; only its graphs may differ from those of ``add_engine``.
         Engines take turns: of those with something to run, the one planned longest ago is next.
         """
         self._planned_at, self._unheard = now, 0.0

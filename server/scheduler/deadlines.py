@@ -21,14 +21,16 @@ SOFT_TTFT = 1.0
 SOFT_PROMPT_RATE = 4000
 """... prompt tokens a second."""
 SOFT_TPOT = 0.05
-SOFT_LAG = 0.25
-"""Seconds that a stream without a target may fall behind: while a burst of prompts lasts, their steps are full ones."""
+SOFT_LAG = (0.25, 4.0)
+"""Seconds that a stream without a target may fall behind, at least and at most. Between them it is what the prompts of
+now wait for their first tokens: whoever runs waits no longer than those who do not, and no less while a burst lasts."""
 STRICT = 0.97
 """Share of the TPOT target that is aimed at: what a stream loses to one slow step it can make up for."""
 IDLE_STEP = 0.25
 """Longest step while nobody decodes, so that the next arrival does not wait long."""
 STEP_SHARE = 0.25
-"""Share of the TTFT target that one step may take: a prompt may arrive behind two launched steps."""
+"""Share of the TTFT target that one step may take: a prompt may arrive behind two launched steps. Where no stream has a
+target, the same share of what prompts wait as it is."""
 STRETCH = 2.0
 """TPOT is a mean over a stream, so one step may take this many times the target where slack allows and it saves a
 first token."""
@@ -56,16 +58,10 @@ class Aim:
 
     pace: float = field(init=False)
     """Seconds between two tokens that are aimed at."""
-    step: float = field(init=False)
-    """Seconds of a step at which the pace is safe: where nobody asked for it, what is lost may be made up for."""
-    lag: float = field(init=False)
-    """Seconds that its tokens may be late."""
 
     def __post_init__(self) -> None:
         # Read for every stream in every plan.
         object.__setattr__(self, "pace", self.tpot * STRICT)
-        object.__setattr__(self, "step", self.tpot if self.asked_tpot else self.tpot * STRETCH)
-        object.__setattr__(self, "lag", 0.0 if self.asked_tpot else SOFT_LAG)
 
 
 def aim_of(item: Item, config: SchedulerConfig) -> Aim:
@@ -94,6 +90,22 @@ class Outlook:
     """Least target that was asked for: the next arrival may have the same."""
     asked: bool = False
     """One of them has a TPOT that was asked for."""
+    lag: float = SOFT_LAG[0]
+    """Seconds that streams may fall behind for whose TPOT nobody asked."""
+    backlog: bool = False
+    """It is what prompts wait that says how long a step may take."""
+
+    def bear(self, slack: float, wait: float) -> None:
+        """There are streams for whose TPOT nobody asked, and prompts that wait so many seconds for their first tokens.
+
+        ``slack`` is that of these streams were they to keep the built-in pace.
+        """
+        least, most = SOFT_LAG
+        self.lag = min(max(wait, least), most)
+        self.slack = min(self.slack, slack + self.lag)
+        usual, longer = SOFT_TPOT * STRETCH, min(wait * STEP_SHARE, IDLE_STEP)
+        self.backlog = usual < longer < self.tpot
+        self.tpot = min(self.tpot, max(usual, longer))
 
     def seconds(self, alone: float, overhead: float, safety: float, tight: bool) -> tuple[float, str]:
         """Longest that the next step should take, and what sets it.
@@ -111,7 +123,8 @@ class Outlook:
             return (slack, "slack") if slack > least else (least, "behind")
         if tight and slack > usual:
             return max(least, min(slack, STRETCH * usual, ceiling)), "stretch"
-        return (min(usual, ceiling), "pace") if min(usual, ceiling) > least else (least, "behind")
+        pace = min(usual, ceiling)
+        return (pace, "backlog" if self.backlog else "pace") if pace > least else (least, "behind")
 
     def usual(self, alone: float, overhead: float, safety: float) -> float:
         """What ``seconds`` gives where nobody is late."""

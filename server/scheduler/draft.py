@@ -35,19 +35,24 @@ class Draft:
         self.admits: list[Admit] = []
         self.planned: list[SequenceState] = []
         self.work = StepWork()
+        self._graph_rows = self._graph_tokens = 0
 
-    def plan(self, step: int, name: str, capacity: Capacity) -> StepPlan:
-        rows = (*self.decodes, *self.chunks)
-        graph_rows = graph_tokens = 0
+    def choose_graph(self, capacity: Capacity) -> None:
+        """The smallest that holds all rows, if any does. What is then computed beside them is work, too."""
+        sizes = capacity.graph_tokens if self.chunks else capacity.graph_rows
+        size = next((size for size in sizes if size >= self.work.tokens), 0)
+        self.work.padding = max(0, size - self.work.tokens)
         if self.chunks:
-            graph_tokens = next((size for size in capacity.graph_tokens if size >= self.work.tokens), 0)
+            self._graph_tokens = size
         else:
-            graph_rows = next((size for size in capacity.graph_rows if size >= len(rows)), 0)
+            self._graph_rows = size
+
+    def plan(self, step: int, name: str) -> StepPlan:
         return StepPlan(
             step=step,
             engine=name,
             admits=tuple(self.admits),
-            rows=rows,
-            graph_rows=graph_rows,
-            graph_tokens=graph_tokens,
+            rows=(*self.decodes, *self.chunks),
+            graph_rows=self._graph_rows,
+            graph_tokens=self._graph_tokens,
         )

@@ -51,6 +51,8 @@ class StepWork:
     """Query-key pairs of longer rows: arithmetic."""
     seconds: float = 0.0
     """What the step-time model predicted; 0 where it knew nothing yet."""
+    padding: int = 0
+    """Tokens that fill a captured graph up: they cost what others do."""
 
 
 @dataclass(slots=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
-from engines.protocol import Row
+from engines.protocol import Capacity, Row
 from server.scheduler.aimd import AimdBudget
 from server.scheduler.budget import MIN_CHUNK, SOFT_CHUNK, StepBudget
 from server.scheduler.draft import Draft, Tally
@@ -52,7 +52,7 @@ class Planner:
 
     def survey(self, start: float) -> Survey:
         """``start`` is when the next step begins on the device."""
-        return survey_of(self._residents, self._model, start)
+        return survey_of(self._residents, self._waiting, self._model, start)
 
     def pace(self, survey: Survey, start: float) -> PromptPace:
         model = self._model
@@ -61,18 +61,25 @@ class Planner:
             step = min(step, survey.outlook.usual(survey.alone, model.overhead, model.safety))
         return PromptPace(start, survey.alone, max(step, survey.alone), model.safety, model.bias)
 
-    def plan(self, survey: Survey, now: float, tight: bool) -> Draft | None:
-        """The next step's rows; None where nothing can be computed before a step in flight is settled."""
-        draft = Draft(survey, self._open_budget(survey, now, tight), now)
+    def plan(self, survey: Survey, now: float, tight: bool, capacity: Capacity) -> Draft | None:
+        """The next step's rows; None where nothing can be computed before a step in flight is settled.
+
+        ``capacity`` says which graphs are captured by now.
+        """
+        draft = Draft(survey, self._open_budget(survey, now, tight, capacity), now)
         self.slots_are_short = False
         self._continue_decodes(draft)
         self._compute_prompts(draft)
         if not draft.planned:
             return None
+        return self._priced(draft, capacity)
+
+    def _priced(self, draft: Draft, capacity: Capacity) -> Draft:
+        draft.choose_graph(capacity)
         draft.work.seconds = self._model.predict(draft.work) if self._model.warm else 0.0
         return draft
 
-    def plan_alone(self, state: SequenceState, now: float) -> Draft | None:
+    def plan_alone(self, state: SequenceState, now: float, capacity: Capacity) -> Draft | None:
         """A step of this item and no other."""
         draft = Draft(Survey(now), StepBudget(StepWork(), self._max_tokens, math.inf, 0, self._model), now)
         if state.slot < 0:
@@ -86,7 +93,7 @@ class Planner:
             assert matched is not None
             self._placed(draft, state, matched)
             self._compute(draft, state, tuple(state.blocks[matched:]))
-            return draft
+            return self._priced(draft, capacity)
         if state.pending == 0:
             return None
         missing = self._residents.missing_blocks(state, min(state.pending, self._max_tokens))
@@ -94,11 +101,11 @@ class Planner:
         if new_blocks is None:
             return None
         self._compute(draft, state, new_blocks)
-        return draft
+        return self._priced(draft, capacity)
 
     # --- how much
 
-    def _open_budget(self, survey: Survey, now: float, tight: bool) -> StepBudget:
+    def _open_budget(self, survey: Survey, now: float, tight: bool, capacity: Capacity) -> StepBudget:
         tokens = len(survey.decodes)
         most, seconds, floor = self._max_tokens, math.inf, 0
         if self._law.budget == "aimd":
@@ -108,11 +115,12 @@ class Planner:
             most = max(self.aimd.tokens, tokens)
         elif self._law.budget == "slack":
             outlook = survey.outlook
-            seconds, bound = outlook.seconds(survey.alone, self._model.overhead, self._model.safety, tight)
+            model = self._model
+            seconds, bound = outlook.seconds(survey.alone, model.overhead, model.safety, tight)
             floor = MIN_CHUNK if outlook.asked or outlook.ttft < math.inf else SOFT_CHUNK
             self.tally.decisions[f"step bound by {bound}"] += 1
             self._tell_unreachable(survey)
-        budget = StepBudget(survey.work, most - tokens, seconds, floor, self._model)
+        budget = StepBudget(survey.work, most - tokens, seconds, floor, self._model, capacity.graph_tokens)
         self.token_budget = tokens + budget.limit()
         return budget
 

@@ -34,7 +34,7 @@ from server.worker.wire import EngineLoad, Item
 
 FORGIVEN = 20
 """A stream that is this many tokens behind its pace, or a second, has lost its target: it is served on, but no longer
-held up against those that have not."""
+held up against those that have not. One that may fall behind is so only beyond that."""
 
 
 class SequenceLane:
@@ -69,6 +69,7 @@ class SequenceLane:
         self._drops = LateDrop(self._waiting, self.step_time, self._planner, self._forget)
         self._items: dict[int, SequenceState] = {}
         self._pace = PromptPace(0.0, 0.0, 1.0)
+        self._lag = 0.0
 
     def __contains__(self, item: int) -> bool:
         return item in self._items
@@ -155,20 +156,20 @@ class SequenceLane:
         self._drops.expire(now)
         self._planner.make_way(now)
         survey = self._planner.survey(start)
-        self._pace = self._planner.pace(survey, start)
+        self._pace, self._lag = self._planner.pace(survey, start), survey.outlook.lag
         tight = self._law.late_drop and self._drops.look_ahead(survey.prompts, self._pace)
         survey.prompts = [state for state in survey.prompts if not state.gone]
-        draft = self._planner.plan(survey, now, tight)
-        return None if draft is None else self._finish(draft.planned, draft.plan(step, self.name, capacity), draft.work)
+        draft = self._planner.plan(survey, now, tight, capacity)
+        return None if draft is None else self._finish(draft.planned, draft.plan(step, self.name), draft.work)
 
     def plan_alone(self, step: int, now: float, capacity: Capacity) -> tuple[StepPlan, StepWork] | None:
         """A step of the first suspect and of no other item."""
         state = self._suspects[0] if self._suspects else None
-        draft = None if state is None else self._planner.plan_alone(state, now)
+        draft = None if state is None else self._planner.plan_alone(state, now, capacity)
         if draft is None:
             return None
         self._planner.tally.decisions["suspect alone"] += 1
-        return self._finish(draft.planned, draft.plan(step, self.name, capacity), draft.work)
+        return self._finish(draft.planned, draft.plan(step, self.name), draft.work)
 
     def _finish(self, planned: list[SequenceState], plan: StepPlan, work: StepWork) -> tuple[StepPlan, StepWork]:
         # Only after all were placed, so that no row of this very step matches what the step itself writes.
@@ -227,7 +228,7 @@ class SequenceLane:
         if not state.paced_tokens:
             state.pace_from(now)
             self._first_token(state, now)
-        elif state.lag(now) > max(1.0, FORGIVEN * state.aim.pace):
+        elif state.lag(now) > max(1.0, FORGIVEN * state.aim.pace) + (0.0 if state.aim.asked_tpot else self._lag):
             self._planner.tally.decisions["pace forgiven"] += 1
             state.pace_from(now)
 

@@ -203,7 +203,7 @@ class _Machine:
     def work_of(self, work: StepWork) -> float:
         return (
             self.base
-            + self.token * work.tokens
+            + self.token * (work.tokens + work.padding)
             + self.row * work.rows
             + self.decode_pair * work.decode_pairs
             + self.prompt_pair * work.prompt_pairs
@@ -221,7 +221,8 @@ class _Machine:
             self._floor_rows = max(self._floor_rows, work.rows)
         else:
             pairs = work.decode_pairs * PAIRS, work.prompt_pairs * PAIRS
-            self._work.observe((1.0, work.tokens * UNIT, work.rows * UNIT, *pairs), seconds)
+            tokens = work.tokens + work.padding
+            self._work.observe((1.0, tokens * UNIT, work.rows * UNIT, *pairs), seconds)
         self._refresh()
 
     def bound(self) -> None:

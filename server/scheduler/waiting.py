@@ -32,6 +32,9 @@ class _ClassQueue:
         self._law = law
         self.returning: list[Entry] = []
         self.tenants: dict[Account | None, list[Entry]] = {}  # none of the lists is empty
+        self.sizes: dict[SequenceState, int] = {}
+        """Tokens that each has to compute, in the order in which they came here."""
+        self.tokens = 0
 
     def _place(self, state: SequenceState) -> tuple[Account | None, Entry]:
         key = state.deadline if self._law.deadline_order else 0.0
@@ -42,6 +45,8 @@ class _ClassQueue:
         return state.started or state.preempted > 0
 
     def push(self, state: SequenceState) -> None:
+        self.sizes[state] = len(state.tokens) - state.known_hit
+        self.tokens += self.sizes[state]
         account, entry = self._place(state)
         if self._returns(state):
             insort(self.returning, (-math.inf, state.arrival, state))
@@ -49,6 +54,7 @@ class _ClassQueue:
             insort(self.tenants.setdefault(account, []), entry)
 
     def remove(self, state: SequenceState) -> None:
+        self.tokens -= self.sizes.pop(state)
         account, entry = self._place(state)
         if self._returns(state):
             del self.returning[bisect_left(self.returning, (-math.inf, state.arrival, state))]
@@ -57,6 +63,10 @@ class _ClassQueue:
         del queue[bisect_left(queue, entry)]
         if not queue:
             del self.tenants[account]
+
+    def came_first(self) -> float:
+        """When the one arrived that waits longest for its first token; ``math.inf`` where none does."""
+        return next((state.arrived for state in self.sizes if not state.started), math.inf)
 
     def head(self, free: int | None) -> SequenceState | None:
         if self.returning:
@@ -100,33 +110,36 @@ class WaitingQueue:
         self._law = law
         self._classes = [_ClassQueue(law) for _ in range(CLASSES)]
         self._shares = ClassShares(law)
-        self._queued: set[SequenceState] = set()
 
     def __len__(self) -> int:
-        return len(self._queued)
+        return sum(len(queue.sizes) for queue in self._classes)
 
     def __contains__(self, state: SequenceState) -> bool:
-        return state in self._queued
+        return state in self._classes[state.rank].sizes
 
     def push(self, state: SequenceState) -> None:
         self._shares.came(state.rank)
-        self._queued.add(state)
         self._classes[state.rank].push(state)
 
     def remove(self, state: SequenceState) -> None:
         """It got a slot, or is gone."""
         self._shares.left(state.rank)
-        self._queued.remove(state)
         self._classes[state.rank].remove(state)
 
     def postpone(self, state: SequenceState, deadline: float) -> None:
         """Another deadline for an item, waiting or not."""
-        waits = state in self._queued
+        waits = state in self
         if waits:
             self.remove(state)
         state.deadline = deadline
         if waits:
             self.push(state)
+
+    def backlog(self, rank: int) -> tuple[int, float]:
+        """Tokens to compute of this class and higher ones, and when the one arrived that waits longest for its first
+        token."""
+        queues = self._classes[: rank + 1]
+        return sum(queue.tokens for queue in queues), min(queue.came_first() for queue in queues)
 
     def head(self, now: float, free: int | None = None) -> SequenceState | None:
         """Who is next; of tenants that take no more than their share of slots, where ``free`` of them are left.
@@ -193,7 +206,7 @@ class WaitingQueue:
 
     def forget(self, state: SequenceState) -> None:
         """The item is gone. If others waited for it, the first of them leads from now on."""
-        if state in self._queued:
+        if state in self:
             self.remove(state)
         group, state.group = state.group, None
         if group is None:

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from benchmarks.http_client import Answer, ask
-from benchmarks.tenant_flood import Load, alone_and_flooded, server_of_two_tenants
+from benchmarks.tenant_flood import Load, alone_and_flooded, fake_model, server_of_two_tenants
 from server.tenants import hash_key
 from tests.integration.fake_server import LATE, FakeServer, configuration, fake_server
 from tests.metrics_text import metric, wait_until, wait_until_zero
@@ -25,8 +25,8 @@ OPERATOR = "the-operator-s-key"
 
 def test_a_tenant_that_floods_does_not_make_another_wait(tmp_path: Path) -> None:
     """Nine in ten here, because a test shares its machine; ``benchmarks.tenant_flood`` looks at the 99th percentile."""
-    with server_of_two_tenants(tmp_path, "fake", step_seconds=0.05, max_concurrent=16, max_batch=32) as port:
-        load = Load(port, "fake", rate=6.0, clients=60, tokens=30)
+    with server_of_two_tenants(tmp_path, fake_model(0.05), max_concurrent=16, max_batch=32) as port:
+        load = Load(port, "m", rate=6.0, clients=60, tokens=30)
         alone, flooded = asyncio.run(alone_and_flooded(load, seconds=5))
     assert alone.refused == flooded.refused == 0
     assert flooded.p90 <= 1.5 * alone.p90, (alone, flooded)

@@ -138,7 +138,7 @@ def test_the_live_check_keeps_rows_that_are_not_run_again(tmp_path: Path, monkey
         line = Line(row=row.name, load=0.7, figure="goodput", real=(1.0, 0.0), simulated=(1.08, 0.0), bar=0.07)
         assert not line.held
         assert msgspec.structs.replace(line, bar=None).held
-        record("check", msgspec.structs.replace(grid, rows=[row]), {"commit": number}, [line])
+        record("check", grid, row, {"commit": number}, [line])
     rows = json.loads((tmp_path / "check.json").read_text())["rows"]
     assert {name: row["machine"]["commit"] for name, row in rows.items()} == {
         row.name: number for number, row in enumerate(grid.rows[:2])

@@ -12,7 +12,7 @@ from benchmarks.simulation.coefficients import StepShape, read
 
 LOG = """12:00:01 INFO worker: ready
 12:00:02 DEBUG worker: step: {"took":0.0312,"work":{"rows":4,"tokens":70,"prompt_tokens":67,"decode_pairs":300.0,\
-"prompt_pairs":2278.0,"seconds":0.03}}
+"prompt_pairs":2278.0,"seconds":0.03,"padding":58}}
 12:00:02 INFO worker: a step: that is no record
 """
 
@@ -21,7 +21,9 @@ def test_only_the_step_lines_of_a_log_are_read(tmp_path: Path) -> None:
     (tmp_path / "log").write_text(LOG)
     (step,) = logged_steps(tmp_path / "log")
     assert step.took == 0.0312
-    assert step.work == LoggedWork(4, 70, 300.0, 2278.0)
+    assert step.work == LoggedWork(4, 70, 300.0, 2278.0, padding=58)
+    (sample,) = merged([step])
+    assert sample.shape.tokens == 128
 
 
 def random_steps(count: int, slower: float) -> list[LoggedStep]:

@@ -79,6 +79,12 @@ def test_quantiles_are_evenly_spaced() -> None:
     assert quantiles([3.0], 4) == [3.0] * 4
 
 
+def test_the_shape_of_a_plan_counts_what_fills_its_graph_up() -> None:
+    chunk = Row(item=1, slot=0, start=0, count=20, new_blocks=(), max_new=1)
+    shape = shape_of(StepPlan(step=1, engine="m", rows=(chunk,), graph_tokens=32))
+    assert shape == StepShape(rows=1, tokens=32, prompt_pairs=210.0)
+
+
 def test_the_shape_of_a_plan_counts_decodes_apart() -> None:
     decode = Row(item=1, slot=0, start=9, count=1, new_blocks=(), max_new=1)
     chunk = Row(item=2, slot=1, start=4, count=3, new_blocks=(), max_new=0)

@@ -310,7 +310,7 @@ def test_the_operators_table_names_every_reason() -> None:
         ("prompts cut by", get_args(budget.Bound)),
         ("step", get_args(Change)),
         ("step not learned:", (*get_args(outliers.Ignored), *get_args(Irregular))),
-        ("step bound by", ("pace", "slack", "behind", "stretch", "idle")),
+        ("step bound by", ("pace", "backlog", "slack", "behind", "stretch", "idle")),
         ("batch bound by", ("its size", "a deadline", "what waits")),
         ("preempted for", ("blocks", "a higher class", "a suspect")),
         ("admitted by", ("its class's floor", "its age")),

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from engines.fake import fake_token
-from engines.protocol import RowResult, StepResult
+from engines.protocol import Capacity, RowResult, StepPlan, StepResult
 from server.scheduler.config import SchedulerConfig
 from server.worker.wire import Item
 from tests.unit.scheduler.rig import SMALL, VOCAB, Rig, shape, with_capacity
@@ -112,6 +112,35 @@ class TestPlanning:
             rig.offer(rig.item([start, 1, 2], max_tokens=2))
         rig.run()
         assert [plan.graph_rows for plan in rig.plans[3:]] == [0, 0]
+
+    def test_what_fills_a_graph_up_counts_as_work(self) -> None:
+        capacity = Capacity(
+            blocks=4000,
+            block_size=16,
+            max_rows=8,
+            max_step_tokens=1024,
+            max_model_len=2000,
+            graph_rows=(4, 8),
+            graph_tokens=(128, 512),
+        )
+
+        def seconds(plan: StepPlan) -> float:
+            tokens = sum(row.count for row in plan.rows)
+            return 0.001 + 1e-5 * max(tokens, plan.graph_tokens, plan.graph_rows)
+
+        rig = Rig(SchedulerConfig(prefix_cache=False), {"m": capacity}, seconds)
+        for length in (100, 300, 700, 90, 140, 500, 20, 260, 600, 33) * 3:
+            rig.offer(rig.item([1] * length, max_tokens=4))
+            rig.run()
+        assert rig.load().step_error_p95 < 0.02
+        rig.offer(rig.item([1] * 130, max_tokens=4))
+        padding = []
+        for _ in range(3):
+            rig.tick()
+            rig.tick()
+            padding.append(rig.scheduler.settled_work.padding)
+        assert padding[0] == 512 - 130
+        assert padding[-1] == 4 - 1
 
     def test_graphs_may_be_captured_later(self) -> None:
         rig = Rig()
