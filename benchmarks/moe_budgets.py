@@ -47,6 +47,7 @@ class Measured:
     expert_bytes: int
     divergence: Values
     loss_difference: Values
+    """From the base's loss of the same window."""
     routers: Estimate
 
 
@@ -71,7 +72,8 @@ class Bench:
     def measure(self, name: str, recipe: Recipe) -> Measured:
         """Compress and compare."""
         out = self.scratch / name
-        compress(Job(self.model, self.model.name, recipe, out, self.calibration), lambda step: None, time.monotonic)
+        if not out.exists():
+            compress(Job(self.model, self.model.name, recipe, out, self.calibration), lambda step: None, time.monotonic)
         subject = open_subject(out)
         with closing(subject.text):
             own = load_reference(subject, _spec(subject, self.windows.shape[1]))
@@ -109,8 +111,8 @@ def above_line(one: Measured, cold: Measured, hot: Measured, scored: Values) -> 
 def print_table(rows: Sequence[Measured], bench: Bench) -> None:
     by_name, scored = {row.name: row for row in rows}, bench.scored
     cold, hot = by_name["cold"], by_name["hot"]
-    print("| | expert bytes, MB | KL, nats a token | above the line | less the frequency rule | routers agree |")
-    print("|---|---|---|---|---|---|")
+    print("| | expert MB | KL, nats a token | above the line | less the frequency rule | perplexity | routers agree |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         divergence = ratio_of_sums(row.divergence, scored)
         line = "" if row.name in ("cold", "hot", "deepseek-mixed") else _interval(above_line(row, cold, hot, scored))
@@ -118,7 +120,8 @@ def print_table(rows: Sequence[Measured], bench: Bench) -> None:
         less = ""
         if usual is not None:
             less = _interval(ratio_of_sums(np.asarray(row.divergence) - np.asarray(usual.divergence), scored))
-        cells = (row.name, f"{row.expert_bytes / 1e6:.3f}", _interval(divergence), line, less)
+        perplexity = f"x {math.exp(ratio_of_sums(row.loss_difference, scored).value):.4f}"
+        cells = (row.name, f"{row.expert_bytes / 1e6:.3f}", _interval(divergence), line, less, perplexity)
         print("| " + " | ".join(cells) + f" | {100 * row.routers.value:.2f} % |", flush=True)
 
 
@@ -147,11 +150,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="to measure on; none of it in the calibration")
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="folder of the compressed models; those that are there are not made")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     report.print_header("Expert formats at equal bytes")
     with tempfile.TemporaryDirectory(prefix="moe-budgets-") as scratch:
-        bench = Bench(chosen.model, chosen.calibration, chosen.text, Path(scratch), chosen.windows)
+        kept = chosen.keep or Path(scratch)
+        bench = Bench(chosen.model, chosen.calibration, chosen.text, kept, chosen.windows)
         print_table([bench.measure(name, recipe) for name, recipe in recipes().items()], bench)
 
 

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -21,7 +21,7 @@ from engines.protocol import EngineLoadError
 from server.downloads import fetch_hub, fetch_wheel
 from server.errors import CommandFailed, UsageError
 from server.quality import describe, read_quality
-from server.sources import CATALOG, HubSource, Report, WheelSource, source_of
+from server.sources import CATALOG, SHIPPED, HubSource, Report, WheelSource, source_of
 
 MARKER = ".pulled.json"
 
@@ -63,6 +63,8 @@ def resolve(name: str, report: Report | None = None) -> Path:
 
     Raises UsageError for a name that means nothing, CommandFailed for a download that does not succeed.
     """
+    if name in SHIPPED:
+        return _shipped(name)
     if name not in CATALOG and not name.startswith("hf:") and (path := Path(name).expanduser()).exists():
         return path.resolve()
     return Catalog(cache_home()).pull(name, report or (lambda what, done, total: None))
@@ -82,6 +84,8 @@ class Catalog:
 
     def pull(self, name: str, report: Report) -> Path:
         """Fetch and verify a model, unless it is here. Raises UsageError and CommandFailed."""
+        if name in SHIPPED:
+            return _shipped(name)
         source = source_of(name)
         folder = self._folder(name)
         found = self.find(name)
@@ -128,6 +132,8 @@ class Catalog:
 
     def remove(self, name: str) -> int:
         """Delete a model and give the bytes that it took. Raises CommandFailed when it is not here."""
+        if name in SHIPPED:
+            raise CommandFailed(f"{name} is part of slimserve and stays")
         folder = self._folder(name)
         if not folder.is_dir():
             raise CommandFailed(f"{name} is not here; slimserve list shows what is")
@@ -157,6 +163,21 @@ class Catalog:
                 report("waiting for another pull", 0, 0)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def shipped_models() -> list[Listed]:
+    """Those that this installation has. Raises CommandFailed for a damaged one."""
+    return [replace(describe_folder(SHIPPED[name].path), name=name) for name in SHIPPED if _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    return (SHIPPED[name].path / FILE_NAME).is_file()
+
+
+def _shipped(name: str) -> Path:
+    if not _is_there(name):
+        raise CommandFailed(f"{name} is not part of this installation; {SHIPPED[name].made_by} makes it")
+    return SHIPPED[name].path
 
 
 def describe_folder(folder: Path) -> Listed:

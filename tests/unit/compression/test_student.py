@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compression.errors import CompressionError
 from compression.student import corpus, tokens
@@ -22,6 +24,7 @@ from engines.generation.whole_prompts import WholePrompts
 from engines.manifest import read_manifest
 from engines.models.loader import load_model
 from engines.protocol import EngineSpec
+from server.text import load_text
 
 CPU = torch.device("cpu")
 TINY = Shape(
@@ -134,6 +137,16 @@ def test_the_engine_computes_what_was_trained(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_folder_has_its_terms_and_a_template_that_writes_on(tmp_path: Path) -> None:
+    train_tokenizer(TEXTS, 300, tmp_path / "text")
+    write_folder(Student(TINY), tmp_path / "text", tmp_path / "out")
+    terms = (tmp_path / "out" / "LICENSE").read_text()
+    assert all(package.package in terms for package in corpus.pinned_packages())
+    with closing(load_text(read_manifest(tmp_path / "out"))) as text:
+        messages = [{"role": "user", "content": content} for content in ("One.", "Two.")]
+        assert text.render_chat(messages) == "One.\n\nTwo."
+
+
 def test_a_run_goes_on_where_it_stopped_and_learns(tmp_path: Path) -> None:
     finished, step = training(tmp_path, seconds=12)
     assert not finished
@@ -146,6 +159,17 @@ def test_a_run_goes_on_where_it_stopped_and_learns(tmp_path: Path) -> None:
     losses = [line["validation"] for line in lines if "validation" in line]
     assert losses[-1] < 2.0 < losses[0]
     assert training(tmp_path, seconds=20) == (True, SCHEDULE.steps)
+
+
+def test_a_run_that_diverges_keeps_its_checkpoint(tmp_path: Path) -> None:
+    training(tmp_path, seconds=12)
+    path = next((tmp_path / "checkpoint").glob("weights-*.safetensors"))
+    tensors = load_file(path)
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, path)
+    before = path.read_bytes()
+    with pytest.raises(CompressionError, match="has diverged at step"):
+        training(tmp_path, seconds=100)
+    assert path.read_bytes() == before
 
 
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path) -> None:
@@ -168,12 +192,23 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_rate_rises_falls_and_rises_again_after_a_break() -> None:
-    schedule = Schedule(steps=100, warmup=10, rewarm=5, peak=1.0)
-    assert schedule.rate(0, 0) == pytest.approx(0.1)
-    assert schedule.rate(10, 0) == 1.0
-    assert schedule.rate(55, 0) == pytest.approx(0.5)
-    assert schedule.rate(55, 55) == pytest.approx(0.1)
-    assert schedule.rate(60, 55) == schedule.rate(60, 0)
+    schedule = Schedule(steps=100, seconds=1000.0, warmup=10, rewarm=5, peak=1.0)
+
+    def rate(step: int, first: int = 0, seconds: float = 0.0) -> float:
+        return schedule.rate(Progress(step, seconds), first)
+
+    assert rate(0) == pytest.approx(0.1)
+    assert rate(20) == pytest.approx(0.8)
+    assert rate(20, seconds=600.0) == pytest.approx(0.4)
+    assert rate(50, first=50) == pytest.approx(0.1)
+    assert rate(60, first=50) == rate(60)
+
+
+def test_a_run_ends_with_its_time_or_its_steps() -> None:
+    schedule = Schedule(steps=100, seconds=1000.0, peak=1.0)
+    assert schedule.share(Progress(50, 999.0)) < 1 <= schedule.share(Progress(50, 1000.0))
+    assert schedule.share(Progress(100, 10.0)) == 1
+    assert schedule.rate(Progress(50, 1001.0), 0) == 0
 
 
 def test_the_student_is_as_large_as_promised() -> None:
