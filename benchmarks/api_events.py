@@ -4,7 +4,8 @@
 
 The fake engine's tokens cost nothing to compute, so what is measured is the API process: wire messages, token log,
 detokenizing, stop strings, JSON, SSE. Client and worker processes share the cores with it, so the figure is tokens
-per CPU-second of the API process: what it would carry with one core to itself.
+per CPU-second of the API process: what it would carry with one core to itself. Besides: short requests (512 token ids
+in, 128 tokens out, one after the other on each stream), of which the request itself is a part that counts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import random
 import statistics
 import tempfile
 import time
@@ -24,28 +26,36 @@ import psutil
 
 from benchmarks import report
 from benchmarks.servers import Server, free_port, running, slimserve
+from engines.fake import FAKE_VOCAB
 
 BAR = 20_000
 """Tokens per second on one core."""
+SHORT = 512, 128
+"""Tokens in and out of a short request."""
+ROUNDS = 4
+"""Short requests that each stream sends."""
 
 
 def configuration(step_seconds: float) -> str:
     return f"models:\n  - name: fake\n    kind: fake\n    fake_step_seconds: {step_seconds}\n"
 
 
-async def stream(port: int, tokens: int) -> tuple[int, int]:
+def long_request(tokens: int) -> tuple[str, dict[str, object]]:
+    """Path and body of a chat with this many output tokens."""
+    body = {"messages": [{"role": "user", "content": "count"}], "max_tokens": tokens}
+    return "/v1/chat/completions", body | {"stop": ["a string that never comes"]}
+
+
+def short_request() -> tuple[str, dict[str, object]]:
+    return "/v1/completions", {"prompt": random.choices(range(FAKE_VOCAB), k=SHORT[0]), "max_tokens": SHORT[1]}
+
+
+async def stream(port: int, path: str, fields: dict[str, object]) -> tuple[int, int]:
     """Generated tokens and SSE events of one stream. Reads plain bytes: a JSON parse an event would cost the cores."""
-    body = {
-        "model": "fake",
-        "messages": [{"role": "user", "content": "count"}],
-        "max_tokens": tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "stop": ["a string that never comes"],
-        "ignore_eos": True,
-    }
+    usage = {"include_usage": True}
+    body = {"model": "fake", "stream": True, "stream_options": usage, "ignore_eos": True} | fields
     payload = json.dumps(body).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(head.encode() + payload)
@@ -56,25 +66,34 @@ async def stream(port: int, tokens: int) -> tuple[int, int]:
     writer.close()
     with contextlib.suppress(ConnectionError):
         await writer.wait_closed()
-    usage = [line for line in tail.split(b"\n") if b'"usage":{' in line]
-    if not usage or b"data: [DONE]" not in tail:
+    told = [line for line in tail.split(b"\n") if b'"usage":{' in line]
+    if not told or b"data: [DONE]" not in tail:
         raise RuntimeError(f"a stream broke off: {tail[-300:]!r}")
-    return json.loads(usage[-1].removeprefix(b"data: "))["usage"]["completion_tokens"], events
+    return json.loads(told[-1].removeprefix(b"data: "))["usage"]["completion_tokens"], events
 
 
-async def streams(port: int, count: int, tokens: int) -> tuple[int, int]:
-    results = await asyncio.gather(*(stream(port, tokens) for _ in range(count)))
+async def short_streams(port: int, rounds: int) -> tuple[int, int]:
+    """One after the other."""
+    results = [await stream(port, *short_request()) for _ in range(rounds)]
     return sum(tokens for tokens, _ in results), sum(events for _, events in results)
 
 
-def client(port: int, count: int, tokens: int, results: multiprocessing.Queue[tuple[int, int]]) -> None:
-    results.put(asyncio.run(streams(port, count, tokens)))
+async def streams(port: int, count: int, tokens: int, rounds: int) -> tuple[int, int]:
+    """At once: ``rounds`` short requests on each stream, or a long one of ``tokens`` where that is 0."""
+    results = await asyncio.gather(
+        *(short_streams(port, rounds) if rounds else stream(port, *long_request(tokens)) for _ in range(count))
+    )
+    return sum(tokens for tokens, _ in results), sum(events for _, events in results)
 
 
-def run_clients(port: int, count: int, tokens: int, processes: int) -> tuple[int, int]:
+def client(port: int, count: int, tokens: int, rounds: int, results: multiprocessing.Queue[tuple[int, int]]) -> None:
+    results.put(asyncio.run(streams(port, count, tokens, rounds)))
+
+
+def run_clients(port: int, count: int, tokens: int, processes: int, rounds: int = 0) -> tuple[int, int]:
     results: multiprocessing.Queue[tuple[int, int]] = multiprocessing.Queue()
     workers = [
-        multiprocessing.Process(target=client, args=(port, count // processes, tokens, results))
+        multiprocessing.Process(target=client, args=(port, count // processes, tokens, rounds, results))
         for _ in range(processes)
     ]
     for worker in workers:
@@ -95,12 +114,17 @@ def measure(server: Server, arguments: argparse.Namespace) -> dict[str, float]:
     wall, after = time.perf_counter() - started, api.cpu_times()
     cpu = (after.user + after.system) - (before.user + before.system)
     assert tokens == arguments.streams * arguments.tokens
+    short_before = api.cpu_times()
+    run_clients(port, arguments.streams, 0, arguments.clients, ROUNDS)
+    short_after = api.cpu_times()
+    short_cpu = (short_after.user + short_after.system) - (short_before.user + short_before.system)
     return {
         "tokens_per_cpu_second": tokens / cpu,
         "tokens_per_second": tokens / wall,
         "events_per_cpu_second": events / cpu,
         "tokens_per_event": tokens / events,
         "api_core_share": cpu / wall,
+        "short_request_cpu_ms": short_cpu / (arguments.streams * ROUNDS) * 1000,
     }
 
 

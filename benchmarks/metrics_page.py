@@ -34,9 +34,13 @@ class Page:
         }
 
 
+def parse(text: str) -> Page:
+    return Page(tuple(text_string_to_metric_families(text)))
+
+
 async def read_page(port: int, key: str | None = None) -> Page:
     """Of the server on this port of this machine. Raises httpx.HTTPError."""
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     async with httpx.AsyncClient(timeout=10) as client:
         response = await client.get(f"http://127.0.0.1:{port}/metrics", headers=headers)
-    return Page(tuple(text_string_to_metric_families(response.raise_for_status().text)))
+    return parse(response.raise_for_status().text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compression.plan import LinearLayer
-from engines.kernels import dense
+from engines.kernels import Matrix, dense
 from engines.manifest import Manifest
 from engines.models.config import ModelConfig, parse_config
 from engines.models.loader import open_weights
@@ -41,13 +41,20 @@ class BaseModel:
 
     def linear(self, layer: LinearLayer) -> torch.Tensor:
         """(out, in): a linear layer's weight, dequantized where it is stored quantized."""
+        return dense(self.matrix(layer), torch.float32)
+
+    def matrix(self, layer: LinearLayer) -> Matrix:
+        """A linear layer's weight as it is stored."""
         part = LinearPart(layer.name, layer.out_features)
-        matrix = self._methods(layer.name).create_weights(part, layer.in_features, "none", self._source)
-        return dense(matrix, torch.float32)
+        return self._methods(layer.name).create_weights(part, layer.in_features, "none", self._source)
 
     def layer_tensors(self, index: int, linears: list[LinearLayer]) -> dict[str, torch.Tensor]:
         """All tensors of a decoder layer by name, linear layers as ``NAME.weight``. ``linears``: those of the layer."""
-        tensors = {f"{layer.name}.weight": self.linear(layer) for layer in linears}
+        return {f"{layer.name}.weight": self.linear(layer) for layer in linears} | self.other_tensors(index, linears)
+
+    def other_tensors(self, index: int, linears: list[LinearLayer]) -> dict[str, torch.Tensor]:
+        """As ``layer_tensors``, without the weights of linear layers."""
+        tensors: dict[str, torch.Tensor] = {}
         parts = [LinearPart(layer.name, layer.out_features) for layer in linears]
         stored = {name for part in parts for name in self._methods(part.name).tensor_names(part)}
         prefix = f"model.layers.{index}."

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import msgspec
 import torch
-from safetensors.torch import load_file
 
 from compression.base_model import FINAL_NORM, BaseModel
 from compression.calibrate import text_source, text_tokens
 from compression.calibrated_layer import LayerWeights
 from compression.compensation.biases import compensated_config, has_mlp_bias
+from compression.compensation.distillation import Distiller, distilling_passes, write_scales
 from compression.compensation.tuning import BlockTuner, tuning_passes
 from compression.errors import CompressionError
 from compression.experts import DECISION, plan_experts
@@ -29,17 +29,17 @@ from compression.layerwise import LayerQuantizer, Window, make_window
 from compression.plan import LinearLayer, Plan, layer_index, linear_layers, make_plan
 from compression.progress import Estimate, PartReport, Parts, Report
 from compression.quantization_config import quantization_config
-from compression.recipe import Calibration, Recipe
+from compression.recipe import Calibration, Distillation, Recipe
 from compression.record import write_record
-from compression.self_generated import generated_windows
+from compression.self_generated import kept_windows
 from engines.manifest import read_manifest
 from engines.models.rope import cos_sin_table
 
 PASSES = 4
 """Over the calibration windows in each layer: two parts, each watched and then run quantized."""
-COMPENSATED_PASSES = 4
+TARGET_PASSES, COMPENSATED_PASSES = 2, 2
 """More: two parts of the full layer, and of the tuned one."""
-RUN_FILE, OUTER_FILE, WRITTEN_FILE = "run.json", "outer.safetensors", "written.safetensors"
+RUN_FILE, OUTER_FILE, DISTILLING_FILE = "run.json", "outer.safetensors", "distilling.safetensors"
 STREAM, TARGET = "hidden", "full"
 """Files of the residual stream before each layer: the compressed model's, and for compensation the full one's."""
 DEFAULT_HESSIAN_BYTES = 4 << 30
@@ -109,7 +109,8 @@ class _Run:
         self.count = self.config.layers
         self.first = next((index for index in range(self.count) if not self._layer_file(index).exists()), self.count)
         self.ticks = self._ticks()
-        self.estimate = Estimate(report, clock, self.ticks * (self.count + 1), self.ticks * self.first)
+        total = self.ticks * (self.count + 1) + self._distilling_ticks()
+        self.estimate = Estimate(report, clock, total, self.ticks * self.first)
 
     def _calibration_tokens(self, report: PartReport) -> torch.Tensor | None:
         """(windows, tokens) int64; None where the recipe needs none. Starts the run, or goes on with it: text that the
@@ -130,24 +131,30 @@ class _Run:
         return tokens
 
     def _written(self, wanted: Calibration, width: int, report: PartReport) -> torch.Tensor:
-        """Kept with the run, so that it goes on with the same windows."""
         if self.job.calibration is not None:
             raise CompressionError("the recipe is calibrated on what the model writes; leave --calibration out")
-        path = self.work / WRITTEN_FILE
-        if not path.exists():
-            written = generated_windows(self.job.model, self.manifest, wanted, width, str(self.device), report)
-            save_tensors(path, {"tokens": written}, [])
-        tokens: torch.Tensor = load_file(path)["tokens"]
-        return tokens
+        return kept_windows(self.work, self.job.model, self.manifest, wanted, width, str(self.device), report)
 
     def _ticks(self) -> float:
         """Units of work in a layer: passes of a window through half of it."""
         if self.tokens is None:
             return 1
         windows = self.tokens.shape[0]
+        passes = PASSES + (TARGET_PASSES if self.follows_full_model else 0)
         if self.job.recipe.compensation is None:
-            return PASSES * windows
-        return (PASSES + COMPENSATED_PASSES) * windows + 2 * tuning_passes(self.job.recipe.compensation, windows)
+            return passes * windows
+        return (passes + COMPENSATED_PASSES) * windows + 2 * tuning_passes(self.job.recipe.compensation, windows)
+
+    @property
+    def follows_full_model(self) -> bool:
+        """Whether the full model's residual stream is wanted beside the compressed one's."""
+        return self.job.recipe.compensation is not None or self.job.recipe.distillation is not None
+
+    def _distilling_ticks(self) -> float:
+        settings = self.job.recipe.distillation
+        if settings is None or self.tokens is None:
+            return 0
+        return 2 * self.count * distilling_passes(settings, self.tokens.shape[0])
 
     def _start_or_go_on(self, calibration: bytes) -> None:
         """Raises CompressionError if the folder of an unfinished run belongs to another one."""
@@ -227,7 +234,7 @@ class _Run:
         try:
             if windows:
                 stream, following = self._stream(index), self._stream(index + 1)
-                if tuner is not None:
+                if self.follows_full_model:
                     target = self._stream(index + 1, TARGET)
                     quantizer.run(index, weights, windows, self._stream(index, TARGET), target)
                 notes = quantizer.quantize(index, weights, windows, stream, following)
@@ -260,7 +267,7 @@ class _Run:
         if self.first > 0:
             return
         embedding = self.base.linear(self.base.outer_layers()[0])
-        kinds = (STREAM,) if self.job.recipe.compensation is None else (STREAM, TARGET)
+        kinds = (STREAM, TARGET) if self.follows_full_model else (STREAM,)
         for stream in [self._stream(0, kind) for kind in kinds]:
             for place, window in enumerate(windows):
                 stream.write(place, embedding[window.batch.token_ids])
@@ -279,16 +286,11 @@ class _Run:
     def finish(self, files: list[Path]) -> list[str]:
         """Make the engine folder of the layers' files and move it to its place."""
         self.estimate.begin("writing the folder")
-        folder = self.work / "folder"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        write_shards(files, folder)
-        config = quantization_config([*self.all_layers, *self.base.outer_layers()], self.plan.layers)
-        write_config(self.manifest, config, self.dtype, folder, has_mlp_bias(self.config))
-        write_text(self.manifest, folder)
-        if (self.work / DECISION).exists():
-            shutil.copyfile(self.work / DECISION, folder / DECISION)
+        folder = self._folder(files)
         notes = self.plan.notes + [note for path in files for note in read_notes(path)]
+        if self.job.recipe.distillation is not None and self.tokens is not None:
+            self.estimate.begin("distillation")
+            notes.append(self._distil(self.job.recipe.distillation, self.tokens, folder))
         write_record(
             folder,
             recipe=msgspec.to_builtins(self.job.recipe),
@@ -301,3 +303,34 @@ class _Run:
         folder.rename(self.job.out)
         shutil.rmtree(self.work)
         return notes
+
+    def _folder(self, files: list[Path]) -> Path:
+        """Of model, tokenizer and config."""
+        folder = self.work / "folder"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_shards(files, folder)
+        config = quantization_config([*self.all_layers, *self.base.outer_layers()], self.plan.layers)
+        write_config(self.manifest, config, self.dtype, folder, has_mlp_bias(self.config))
+        write_text(self.manifest, folder)
+        if (self.work / DECISION).exists():
+            shutil.copyfile(self.work / DECISION, folder / DECISION)
+        return folder
+
+    def _distil(self, settings: Distillation, tokens: torch.Tensor, folder: Path) -> str:
+        """Tune the folder's scales; returns a note for the card."""
+        compressed = BaseModel(read_manifest(folder), self.device)
+        distiller = Distiller(
+            self.base,
+            compressed,
+            self.plan.layers,
+            settings,
+            tokens,
+            self._stream(self.count, TARGET),
+            cos_sin_table(self.base.config.rope, tokens.shape[1], self.device),
+            lambda amount: self.estimate.advance(2 * self.count * amount),
+        )
+        found = distiller.run(self.work / DISTILLING_FILE)
+        if found.won:
+            write_scales(compressed.manifest.files, distiller.scales())
+        return found.note()

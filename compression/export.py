@@ -130,7 +130,9 @@ def write_text(manifest: Manifest, folder: Path) -> None:
     settings |= {"model_max_length": manifest.max_context, "clean_up_tokenization_spaces": False}
     _write_json(folder / "tokenizer_config.json", settings | source.special_tokens | template)
     defaults = {"bos_token_id": manifest.bos_token_id, "eos_token_id": list(manifest.eos_token_ids)}
-    _write_json(folder / "generation_config.json", defaults | manifest.sampling_defaults)
+    # Without it transformers takes the values for a mistake, and saves no model that has them.
+    sampled = {"do_sample": True} if manifest.sampling_defaults else {}
+    _write_json(folder / "generation_config.json", defaults | sampled | manifest.sampling_defaults)
 
 
 def _tokenizer_json(source: TextSource) -> str:

@@ -84,6 +84,17 @@ class Compensation(_Part, frozen=True, kw_only=True):
     down_proj then has a bias, which Llama's config alone can express."""
 
 
+class Distillation(_Part, frozen=True, kw_only=True):
+    """At the end the scales of all layers are tuned together, until the model's next-token distributions are near the
+    full model's (``compression.compensation.distillation``)."""
+
+    steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 128
+    """Of Adam."""
+    windows_per_step: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 2
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.001
+    """Of scales, in parts of themselves. Falls to 0 over the steps."""
+
+
 class ExpertBudget(_Part, frozen=True, kw_only=True):
     """Routed experts get one of two formats each, as many of the larger one as the bytes allow."""
 
@@ -104,10 +115,15 @@ class Recipe(_Part, frozen=True, kw_only=True):
     scaling: Scaling | None = None
     experts: ExpertBudget | None = None
     compensation: Compensation | None = None
+    distillation: Distillation | None = None
     calibration: Calibration | None = None
     """None: nothing has to be calibrated."""
     promise: dict[LayerClass, Share] = {}
     """Least share of each class's parameters that comes out quantized; the command fails below it."""
+
+    @property
+    def _calibrated_parts(self) -> tuple[_Part | None, ...]:
+        return self.scaling, self.experts, self.compensation, self.distillation
 
     @property
     def calibrates(self) -> bool:
@@ -116,7 +132,7 @@ class Recipe(_Part, frozen=True, kw_only=True):
         wants = any(rule.method == "gptq" or rule.static_input for rule in rules)
         # Without a calibration section, k-means goes by the weights alone.
         wants = wants or (self.calibration is not None and any(rule.method == "kmeans" for rule in rules))
-        return wants or any(part is not None for part in (self.scaling, self.experts, self.compensation))
+        return wants or any(part is not None for part in self._calibrated_parts)
 
 
 def preset_names() -> list[str]:

@@ -11,20 +11,56 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from compression.errors import CompressionError
+from compression.export import save_tensors
 from compression.measures.engine_process import ROWS, Request, measure_engine
 from compression.progress import PartReport
 from compression.recipe import Calibration
 from engines.manifest import Manifest
 from engines.protocol import EngineSpec
 
+WRITTEN_FILE = "written-{:05}.safetensors"
+"""By the number of its first window."""
+
+
+def kept_windows(
+    folder: Path, model: Path, manifest: Manifest, wanted: Calibration, tokens: int, device: str, report: PartReport
+) -> torch.Tensor:
+    """(wanted.windows, tokens) int64. They are kept in ``folder``, so that a run that was killed goes on with them.
+
+    Raises as ``generated_windows``.
+    """
+    at_once, parts = windows_at_once(device), []
+    for start in range(0, wanted.windows, at_once):
+        path = folder / WRITTEN_FILE.format(start)
+        if not path.exists():
+            numbers = range(start, min(start + at_once, wanted.windows))
+            what = f"the model writes windows {start + 1} to {numbers.stop} of {wanted.windows}"
+
+            def part(doing: str, done: int, total: int, what: str = what) -> None:
+                report(f"{what}: {doing}", done, total)
+
+            written = generated_windows(model, manifest, wanted.seed, numbers, tokens, device, part)
+            save_tensors(path, {"tokens": written}, [])
+        parts.append(load_file(path)["tokens"])
+    return torch.cat(parts)
+
+
+def windows_at_once(device: str) -> int:
+    """As many as the engine writes side by side."""
+    return ROWS[torch.device(device).type][-1]
+
 
 def generated_windows(
-    model: Path, manifest: Manifest, wanted: Calibration, tokens: int, device: str, report: PartReport
+    model: Path, manifest: Manifest, seed: int, numbers: range, tokens: int, device: str, report: PartReport
 ) -> torch.Tensor:
-    """(windows, tokens) int64, the same for the same seed on the same machine. The serving engine draws them, in a
-    process of its own. Raises CompressionError for a model without a token to begin with, and EngineLoadError."""
+    """(len(numbers), tokens) int64: the windows of these numbers, each the same for the same seed on the same machine.
+
+    The serving engine draws them, in a process of its own. Raises CompressionError for a model without a token to
+    begin with, and EngineLoadError.
+    """
     first = manifest.bos_token_id
     if first is None:
         first = next(iter(manifest.eos_token_ids), None)
@@ -38,15 +74,16 @@ def generated_windows(
         source=str(model),
         device=device,
         max_model_len=tokens,
-        max_batch=min(wanted.windows, ROWS[torch.device(device).type][-1]),
+        max_batch=min(len(numbers), windows_at_once(device)),
     )
     request = Request(
         spec=spec,
-        prompts=[[first]] * wanted.windows,
+        prompts=[[first]] * len(numbers),
         most=tokens - 1,
         temperature=1.0,
-        seed=wanted.seed,
+        seed=seed,
+        first_number=numbers.start,
         speed=False,
     )
-    result = measure_engine(request, lambda what, done, total: report(f"the model writes: {what}", done, total))
+    result = measure_engine(request, report)
     return torch.tensor([[first, *answer] for answer in result.answers])

@@ -96,6 +96,39 @@ class LoadPhase(msgspec.Struct, frozen=True):
     seconds: float
 
 
+class ModelWork(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step computes and must read at least, by the model's shape. Multiply and add are two operations."""
+
+    token_flops: float
+    """Of each computed token, attention over the context and the output layer apart."""
+    row_flops: float
+    """Of the output layer, for each row that draws a token."""
+    decode_pair_flops: float
+    """Of attention, for each query-key pair of rows that compute one token."""
+    prompt_pair_flops: float
+    """The same of longer rows."""
+    weight_bytes: float
+    """Weights that every step reads."""
+    kv_token_bytes: float
+    experts: int = 0
+    """Routed experts of a layer; 0 where there are none."""
+    experts_per_token: int = 0
+    expert_bytes: float = 0.0
+    """Of one routed expert in each layer that has experts, together."""
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """The GPU of an engine. Peaks are the data sheet's, without sparsity; None where we do not know them."""
+
+    name: str
+    uuid: str
+    """As the driver writes it."""
+    peak_flops: float | None = None
+    """Operations per second in the engine's dtype."""
+    peak_bytes: float | None = None
+    """Bytes per second from its memory."""
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded, for the log, the metrics and the root of the block hashes."""
 
@@ -114,6 +147,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     measured: Measured | None = None
     """What ``EngineSpec.measured`` may say at the next load."""
+    work: ModelWork | None = None
+    """None where nobody counted it."""
+    gpu: Gpu | None = None
+    """None on the CPU."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -27,7 +27,8 @@ from server.api.state import ApiSettings, ApiState, ModelState, ReadyState, Serv
 from server.devices import worker_settings
 from server.display import ServeDisplay
 from server.errors import EngineUnavailable, SlimserveError
-from server.http_server import HttpServer, bind
+from server.gpu_metrics import GpuMetrics
+from server.http_server import HttpConnection, HttpServer, bind
 from server.metrics import Metrics
 from server.reload import Reloader, admission_limits, devices
 from server.served_models import LocatedModel, locate, read_model
@@ -72,6 +73,8 @@ class Application:
         models_read = {name: read_model(model) for name, model in located.items()}
         tenants = settings.tenant_table()
         self._metrics = Metrics(models_read, version=version(), tenants=tenants.names)
+        self._metrics.grace(settings.grace)
+        self._gpus = GpuMetrics(self._metrics.families)
         door = Door(admission_limits(settings), clock=time.monotonic)
         self._supervisor = Supervisor(
             devices(settings, located),
@@ -106,7 +109,7 @@ class Application:
     def _http_config(self) -> uvicorn.Config:
         return uvicorn.Config(
             create_api(self._state),
-            http="h11",
+            http=HttpConnection,
             loop="asyncio",
             ws="none",
             lifespan="on",
@@ -132,6 +135,7 @@ class Application:
         http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         broken = asyncio.create_task(self._supervisor.wait_beyond_repair())
         stop = asyncio.create_task(self._stop.wait())
+        gpus = asyncio.create_task(self._gpus.run())
         try:
             await asyncio.wait({http, broken, stop}, return_when=asyncio.FIRST_COMPLETED)
             status = 0 if stop.done() else 1
@@ -143,6 +147,8 @@ class Application:
             await http
         finally:
             stop.cancel()
+            gpus.cancel()
+            self._gpus.close()
             await self._supervisor.stop()
             self._reloader.close()
         return status
@@ -152,14 +158,18 @@ class Application:
         if self._signals > 1:
             self._supervisor.kill()
             os._exit(STOPPED_BY_SECOND_SIGNAL)
-        self._draining = True
-        self._supervisor.drain()
+        self._begin_drain()
         self._display.draining(self._supervisor.open_replies, self._reloader.settings.grace)
         self._stop.set()
 
-    async def _drain(self) -> None:
-        self._draining = True
+    def _begin_drain(self) -> None:
+        if not self._draining:
+            self._draining = True
+            self._metrics.drain_began(time.time())
         self._supervisor.drain()
+
+    async def _drain(self) -> None:
+        self._begin_drain()
         try:
             await asyncio.wait_for(self._supervisor.wait_empty(), self._reloader.settings.grace)
         except TimeoutError:
@@ -192,6 +202,7 @@ class Application:
         if status.phase == "ready" and status.capacity is not None and status.info is not None:
             model = replace(models[name], max_model_len=status.capacity.max_model_len)
             self._state.models = {**models, name: model}
+            self._gpus.watch(status.info)
             self._display.loaded(name, status.info, status.capacity)
         else:
             self._display.changed(name, status.phase, status.progress)
@@ -216,6 +227,8 @@ class Application:
             done=0 if progress is None else progress.done,
             total=0 if progress is None else progress.total,
             reason=status.reason,
+            device="" if status.info is None else status.info.device,
+            dtype="" if status.info is None else status.info.dtype,
         )
 
     def _url(self) -> str:

@@ -224,11 +224,11 @@ def list_models(
     folders: Annotated[list[Path] | None, typer.Argument(help="Engine folders to show besides.")] = None,
 ) -> None:
     """Show the models that are here, with what is known of their quality."""
-    from server.catalog import Catalog, cache_home, describe_folder
+    from server.catalog import Catalog, cache_home, describe_folder, shipped_models
     from server.display import columns, size
     from server.sources import CATALOG
 
-    models = [*Catalog(cache_home()).list(), *(describe_folder(folder) for folder in folders or ())]
+    models = [*shipped_models(), *Catalog(cache_home()).list(), *(describe_folder(folder) for folder in folders or ())]
     rows = [(model.name, size(model.size), model.source, model.quality, str(model.path)) for model in models]
     for line in columns([("name", "size", "source", "quality", "path"), *rows]) if rows else ():
         _print(line)

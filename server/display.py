@@ -158,6 +158,7 @@ class ServeDisplay:
         if self._announced:
             return
         self._announced = True
+        self._print(f"page: {url}/  (playground and live dashboard)")
         header = " -H 'Authorization: Bearer KEY'" if key else ""
         self._print(f"""try: curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\
   -d '{{"model": "{models[0]}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'""")

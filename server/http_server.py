@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
+from server.api.line import Line, with_line
 from server.errors import CommandFailed
 
 
@@ -30,6 +35,32 @@ def bind(host: str, port: int) -> socket.socket:
         hint = "; another program uses it, choose another --port" if error.errno == errno.EADDRINUSE else ""
         raise CommandFailed(f"cannot listen on {host} port {port}: {error.strerror}{hint}") from None
     return listener
+
+
+class HttpConnection(H11Protocol):  # type: ignore[misc]  # mypy does not follow its import
+    """uvicorn's own connection, whose streams may write to it through a ``Line``."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._line = Line()
+        super().__init__(config, server_state, with_line(app_state, self._line), _loop)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._line.opened(transport)
+        super().connection_made(transport)
+
+    def pause_writing(self) -> None:
+        self._line.paused = True
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._line.paused = False
+        super().resume_writing()
 
 
 class HttpServer(uvicorn.Server):

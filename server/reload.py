@@ -134,6 +134,7 @@ class Reloader:
         self._state.models = {name: read.get(name) or models[name] for name in located}
         self._state.tenants, self._state.targets = tenants, settings.targets()
         self._state.metrics.know(located, tenants.names)
+        self._state.metrics.grace(settings.grace)
         self._door.limits = admission_limits(settings)
         self.settings, self._located = settings, located
         self._supervisor.reload(wanted, worker_settings(settings))

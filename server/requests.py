@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -59,14 +58,15 @@ class TokenLog:
 
     tokens: list[int] = field(default_factory=list)
 
-    def accept(self, first_index: int, tokens: Sequence[int]) -> list[int]:
+    def accept(self, first_index: int, tokens: Sequence[int]) -> Sequence[int]:
         """Append what is new and return it. Tokens that the log has already are dropped; a gap raises ValueError."""
         known = len(self.tokens) - first_index
         if known < 0:
             raise ValueError(f"tokens from index {first_index} on, but the log ends at {len(self.tokens)}")
-        fresh = list(tokens[known:])
-        self.tokens.extend(fresh)
-        return fresh
+        if known:
+            tokens = tokens[known:]
+        self.tokens.extend(tokens)
+        return tokens
 
 
 class ClientGone(Exception):
@@ -78,10 +78,21 @@ class ChoiceNews:
     """What happened to one choice since the last flush."""
 
     choice: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    tokens: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
     end: End = ""
+
+    def add(self, later: ChoiceNews) -> None:
+        """What happened to the same choice afterwards."""
+        self.tokens = [*self.tokens, *later.tokens]
+        self.logprobs = [*self.logprobs, *later.logprobs]
+        self.prompt_logprobs = [*self.prompt_logprobs, *later.prompt_logprobs]
+        self.end = later.end
+
+
+def _nobody() -> None:
+    """Waits for a reply that no handler watches yet."""
 
 
 class Reply:
@@ -99,11 +110,15 @@ class Reply:
         self.cached_tokens = 0
         self.queue_seconds = 0.0
         self.first_token_at: float | None = None
+        self.steps = 0
+        """That gave it tokens, once for each choice; ``step_rows`` sequences took part in them."""
+        self.step_rows = 0
+        self.largest_step = 0
         self._news: dict[int, ChoiceNews] = {}
         self._pending_tokens = 0
         self._max_pending_tokens: int | None = None
         self._on_overflow: Callable[[], None] | None = None
-        self._wake = asyncio.Event()
+        self._wake: Callable[[], None] = _nobody
         self._on_close = on_close
         self._closed = False
 
@@ -118,18 +133,32 @@ class Reply:
         return self._pending_tokens
 
     def watch(
-        self, wake: asyncio.Event, max_pending_tokens: int | None = None, on_overflow: Callable[[], None] | None = None
+        self,
+        wake: Callable[[], None],
+        max_pending_tokens: int | None = None,
+        on_overflow: Callable[[], None] | None = None,
     ) -> None:
-        """Set ``wake`` on news from now on: one handler may wait for several replies at once.
+        """Call ``wake`` on news from now on: one handler may wait for several replies at once.
 
         More than ``max_pending_tokens`` unfetched tokens close the reply: ``take`` then raises ClientGone, and
         ``on_overflow`` is called for a handler that is stuck in writing.
         """
         if self._news or self.error is not None:
-            wake.set()
+            wake()
         self._wake = wake
         self._max_pending_tokens = max_pending_tokens
         self._on_overflow = on_overflow
+
+    def unwatch(self) -> None:
+        """The handler goes, and holds this reply no longer than this reply holds it."""
+        self.watch(_nobody)
+
+    def took_part(self, rows: int) -> None:
+        """One of its choices got tokens in a step of so many sequences."""
+        self.steps += 1
+        self.step_rows += rows
+        if rows > self.largest_step:
+            self.largest_step = rows
 
     def deliver(
         self,
@@ -141,20 +170,22 @@ class Reply:
         now: float,
         logprobs: Sequence[TokenLogprobs] = (),
         prompt_logprobs: Sequence[TokenLogprobs] = (),
-    ) -> list[int]:
+    ) -> Sequence[int]:
         """Log tokens of one choice and wake the handler; returns those that were new (none after the ending)."""
         if self._closed or self.error is not None or self.ends[choice]:
             return []
         fresh = self.logs[choice].accept(first_index, tokens)
-        if fresh:
-            self.first_token_at = now if self.first_token_at is None else self.first_token_at
-        news = self._news.setdefault(choice, ChoiceNews(choice))
-        news.tokens.extend(fresh)
+        if self.first_token_at is None and fresh:
+            self.first_token_at = now
+        news = ChoiceNews(choice, fresh, logprobs and logprobs[len(tokens) - len(fresh) :], prompt_logprobs, end)
+        pending = self._news.get(choice)
+        if pending is None:
+            self._news[choice] = news
+        else:
+            pending.add(news)
+        self.ends[choice] = end
         self._pending_tokens += len(fresh)
-        news.logprobs.extend(logprobs[len(tokens) - len(fresh) :])
-        news.prompt_logprobs.extend(prompt_logprobs)
-        news.end = self.ends[choice] = end
-        self._wake.set()
+        self._wake()
         if self._max_pending_tokens is not None and self._pending_tokens > self._max_pending_tokens:
             self._overflow()
         return fresh
@@ -174,7 +205,7 @@ class Reply:
         """End the whole request with an error; ignored when it has ended."""
         if not self.finished and not self._closed:
             self.error = error
-            self._wake.set()
+            self._wake()
 
     def take(self) -> list[ChoiceNews]:
         """All news since the last call, perhaps none.
@@ -198,7 +229,7 @@ class Reply:
         if not self._closed:
             self._closed = True
             self.ends = [end or "cancelled" for end in self.ends]
-            self._wake.set()
+            self._wake()
             self._on_close(self)
 
 

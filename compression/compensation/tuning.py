@@ -10,20 +10,17 @@ activations of the windows of one step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from compression.calibrated_layer import LayerWeights
 from compression.compensation.biases import add_bias
-from compression.compensation.parameters import TunedMatrix, straight_through
-from compression.compensation.plain_layer import PlainLayer
+from compression.compensation.tuned_layer import TunedLayer
 from compression.hidden_states import HiddenStates
 from compression.plan import LayerPlan
 from compression.recipe import Compensation
-from engines.kernels.quantized import round_activations
 from engines.models.config import ModelConfig
 
 HELD_OUT = 8
@@ -88,7 +85,7 @@ class BlockTuner:
         ``stream`` is what goes into it, ``target`` what the full model has after it. Parameters that do not lower the
         error of the windows that were held out stay as they were.
         """
-        block = _Block(self._config, index, weights, self._settings, self._plan, self._cos_sin)
+        block = TunedLayer(self._config, index, weights, self._settings.method, self._plan, self._cos_sin)
         tuned_on, held_out = split_windows(stream.windows)
         rounded = self._error(block, held_out, stream, target)
         with torch.enable_grad():
@@ -98,7 +95,7 @@ class BlockTuner:
             block.keep()
         if self._settings.bias != "new":
             return BlockErrors(rounded, tuned)
-        block = _Block(self._config, index, weights, None, self._plan, self._cos_sin)
+        block = TunedLayer(self._config, index, weights, None, self._plan, self._cos_sin)
         difference = self._mean_difference(block, stream, target)
         add_bias(weights, index, difference)
         corrected = self._error(block, held_out, stream, target)
@@ -107,7 +104,7 @@ class BlockTuner:
         return BlockErrors(rounded, tuned, corrected)
 
     def _descend(
-        self, index: int, block: _Block, windows: Sequence[int], stream: HiddenStates, target: HiddenStates
+        self, index: int, block: TunedLayer, windows: Sequence[int], stream: HiddenStates, target: HiddenStates
     ) -> None:
         settings, count = self._settings, _per_step(self._settings, stream.windows)
         optimizer = torch.optim.Adam(
@@ -116,15 +113,8 @@ class BlockTuner:
                 {"params": block.codes, "lr": settings.learning_rate},
             ]
         )
-        rates = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-        )
-        generator = torch.Generator().manual_seed(index)
-        order: list[int] = []
-        for _ in range(settings.steps):
-            while len(order) < count:
-                order += torch.randperm(len(windows), generator=generator).tolist()
-            chosen, order = [windows[place] for place in order[:count]], order[count:]
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: falling(step, settings.steps))
+        for chosen in draws(windows, count, settings.steps, seed=index):
             inputs, wanted = (self._read(states, chosen) for states in (stream, target))
             optimizer.zero_grad()
             relative_error(block.layer(inputs), wanted).backward()  # type: ignore[no-untyped-call]
@@ -132,7 +122,7 @@ class BlockTuner:
             rates.step()
             self._tick(STEP_COST * count)
 
-    def _error(self, block: _Block, windows: Sequence[int], stream: HiddenStates, target: HiddenStates) -> float:
+    def _error(self, block: TunedLayer, windows: Sequence[int], stream: HiddenStates, target: HiddenStates) -> float:
         total = 0.0
         for window in windows:
             output = block.layer(self._read(stream, [window]))
@@ -140,7 +130,7 @@ class BlockTuner:
             self._tick(1)
         return total / len(windows)
 
-    def _mean_difference(self, block: _Block, stream: HiddenStates, target: HiddenStates) -> torch.Tensor:
+    def _mean_difference(self, block: TunedLayer, stream: HiddenStates, target: HiddenStates) -> torch.Tensor:
         """(hidden,): what the layer's output lacks on average, over all windows."""
         total = torch.zeros(self._config.hidden, device=self._device)
         for window in range(stream.windows):
@@ -154,50 +144,27 @@ class BlockTuner:
         return torch.stack([states.read(window, self._device) for window in windows])
 
 
-class _Block:
-    """A decoder layer as a function of its parameters."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        index: int,
-        weights: LayerWeights,
-        settings: Compensation | None,
-        plan: dict[str, LayerPlan],
-        cos_sin: torch.Tensor,
-    ) -> None:
-        """``settings`` None: nothing is tuned."""
-        self._weights = weights
-        self._tuned = {}
-        if settings is not None:
-            codes = settings.method == "rounding"
-            self._tuned = {
-                name: TunedMatrix(matrix, plan[name].scheme.scale_dtype, weights.exact[name] if codes else None)
-                for name, matrix in weights.quantized.items()
-            }
-        self.gains = [matrix.gain for matrix in self._tuned.values()]
-        self.codes = [matrix.latent for matrix in self._tuned.values() if matrix.latent is not None]
-        self.layer = PlainLayer(config, index, cos_sin, self._product, weights.tensors.get)
-
-    def _product(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        tuned, matrix = self._tuned.get(name), self._weights.quantized.get(name)
-        weight = self._weights.tensors[f"{name}.weight"] if tuned is None else tuned.weight()
-        # Attention absorbs kv_b_proj, so that its input is never rounded.
-        if matrix is not None and matrix.activations != "float" and not name.endswith(".kv_b_proj"):
-            x = straight_through(x, round_activations(x.detach().flatten(0, -2), matrix).view(x.shape))
-        return functional.linear(x, weight)
-
-    def keep(self) -> None:
-        """The weights are what the parameters say."""
-        for name, matrix in self._tuned.items():
-            self._weights.replace(name, matrix.finished())
-
-
 def split_windows(count: int) -> tuple[list[int], list[int]]:
     """Windows to tune on, and windows to measure on: the same ones where there are too few for both."""
     windows = list(range(count))
     held_out = windows[HELD_OUT - 1 :: HELD_OUT]
     return ([window for window in windows if window not in held_out], held_out) if held_out else (windows, windows)
+
+
+def draws(windows: Sequence[int], count: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """``count`` windows for each step; all have their turn before one comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < count:
+            order += torch.randperm(len(windows), generator=generator).tolist()
+        yield [windows[place] for place in order[:count]]
+        order = order[count:]
+
+
+def falling(step: int, steps: int) -> float:
+    """Factor of the learning rate: from 1 to 0 along a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def tuning_passes(settings: Compensation, windows: int) -> float:

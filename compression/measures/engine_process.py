@@ -46,7 +46,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float = 0.0
     """0: the answers are greedy."""
     seed: int = 0
-    """Of the noise, where the temperature is above 0; each prompt has its own."""
+    """Of the noise, where the temperature is above 0; each prompt has its own, by its number."""
+    first_number: int = 0
+    """Of the first prompt."""
     most: int = 0
     """Tokens of an answer."""
     ends: list[int] = []
@@ -160,7 +162,9 @@ def run(request: Request, report: PartReport, clock: Callable[[], float]) -> Res
             request.most,
             request.ends,
             lambda done: report("answering", done, count),
-            lambda number: SamplingParams(seed=(request.seed << 32) + number, temperature=request.temperature),
+            lambda number: SamplingParams(
+                seed=(request.seed << 32) + request.first_number + number, temperature=request.temperature
+            ),
         )
         kind = engine.info.device.partition(":")[0]
         lengths = speed_lengths(engine.capacity.max_model_len)

@@ -19,6 +19,7 @@ from compression.quantize.base import LayerInputs, Scheme
 from compression.quantize.gptq import BLOCK, inverse_factor
 from compression.quantize.grids import ROWS, by_group
 from compression.quantize.rounding import importance, require_finite
+from compression.quantize.scale_fit import fit_scale
 from engines.kernels import CodebookMatrix
 
 SAMPLE = 1 << 17
@@ -31,8 +32,6 @@ SCALE_STEPS = 3
 """Of choosing codes and scales in turn, once the levels are found."""
 REACHES = (1.1, 1.0, 0.9, 0.8)
 """Scales that are tried for a group, of the one that brings its largest weight to the last level."""
-FIT_STEPS = 8
-"""Of conjugate gradients. Each makes the error smaller, and a row has few scales."""
 ROUNDS = 2
 """Of choosing codes and fitting scales."""
 
@@ -134,39 +133,6 @@ def best_scale(weight: torch.Tensor, importance: torch.Tensor | None, levels: to
         error = ((values - weight).square() * share).sum(-1)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
-
-
-def fit_scale(
-    weight: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, damping: float
-) -> torch.Tensor:
-    """The scales with which ``base``, the level of each weight, comes nearest to the layer's output: least squares in
-    each row's scales, by conjugate gradients from ``scale`` on."""
-    shape = (weight.shape[0], -1)
-    ridge = damping * float(hessian.diagonal().mean())
-
-    def spread(factor: torch.Tensor) -> torch.Tensor:
-        return (factor.unsqueeze(-1) * base).view(shape)
-
-    def collect(difference: torch.Tensor) -> torch.Tensor:
-        curved = torch.addmm(difference, difference, hessian, beta=ridge)
-        return (curved.view(base.shape) * base).sum(-1)
-
-    diagonal = (hessian.diagonal() + ridge).view(base.shape[1:])
-    inverse = 1 / (diagonal * base.square()).sum(-1).clamp(min=1e-30)
-    fitted = scale.clone()
-    residual = collect(weight.reshape(shape) - spread(scale))
-    direction = inverse * residual
-    size = (residual * direction).sum(1, keepdim=True)
-    for _ in range(FIT_STEPS):
-        change = collect(spread(direction))
-        step = size / (direction * change).sum(1, keepdim=True).clamp(min=1e-30)
-        fitted += step * direction
-        residual -= step * change
-        conditioned = inverse * residual
-        following = (residual * conditioned).sum(1, keepdim=True)
-        direction = conditioned + following / size.clamp(min=1e-30) * direction
-        size = following
-    return fitted
 
 
 def _largest(weight: torch.Tensor) -> torch.Tensor:

@@ -1,20 +1,26 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): columns are rounded one after the other, and what each rounding does to the
-layer's output is made good by the columns that are still to come."""
+layer's output is made good by the columns that are still to come. Scales are then fitted to the codes, and codes are
+chosen anew for the fitted scales."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from compression.quantize.base import LayerInputs, Scheme
 from compression.quantize.grids import ROWS, Grid, best_range, by_group, join_rows
 from compression.quantize.rounding import importance, input_scale, require_finite
+from compression.quantize.scale_fit import fit_scale
 from engines.kernels import IntegerMatrix
 
 BLOCK = 128
 """Columns that are rounded before the rest of the matrix is updated."""
 MOST_DAMPING = 10.0
+ROUNDS = 2
+"""Of choosing codes and fitting scales to them."""
+LEAST_SHARE = 0.1
+"""Of a scale that is left when it is fitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +47,21 @@ class Gptq:
         grids, codes = [], torch.empty_like(weight, dtype=torch.uint8)
         for rows, target in zip(torch.split(weight, ROWS), torch.split(codes, ROWS), strict=True):
             groups = by_group(rows, scheme)
-            grids.append(best_range(groups, scheme, importance(inputs, groups)))
-            target[:, order] = _round_columns(rows[:, order], factor, grids[-1], group)
+            grid = best_range(groups, scheme, importance(inputs, groups))
+            for _ in range(ROUNDS):
+                target[:, order] = _round_columns(rows[:, order], factor, grid, group)
+                grid = self._fitted(grid, target, groups, inputs, scheme)
+            grids.append(grid)
         return join_rows(grids).matrix(codes, scheme, input_scale(inputs, scheme))
+
+    def _fitted(
+        self, grid: Grid, codes: torch.Tensor, weight: torch.Tensor, inputs: LayerInputs, scheme: Scheme
+    ) -> Grid:
+        """With the scales that are best for (out, in) ``codes``; a scale that would turn around stays as it was."""
+        base = codes.view(weight.shape) - grid.zero.unsqueeze(-1)
+        scale = fit_scale(weight, base, grid.scale, inputs.hessian, self.damping).to(scheme.scale_dtype).float()
+        usable = scale > LEAST_SHARE * grid.scale
+        return replace(grid, scale=torch.where(usable, scale, grid.scale))
 
 
 def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:

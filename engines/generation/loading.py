@@ -17,13 +17,15 @@ from engines.generation.choose_runner import Runner, make_runner, state_bytes, u
 from engines.generation.compile_ahead import CompileAhead, Sizes, Stage, compile_ahead
 from engines.generation.memory import KvSize, kv_bytes, measure_workspace, size_kv
 from engines.generation.phases import PhaseTimes
-from engines.generation.placement import Placement, choose_placement, dtype_name
+from engines.generation.placement import Placement, choose_placement, describe_gpu, dtype_name
 from engines.generation.probe import Probe
 from engines.generation.threads import StepCost, ThreadGovernor, available_cores, best_time, choose_threads
 from engines.generation.verify import record_to_verify, verify_fingerprint, verify_weights
 from engines.manifest import Manifest, read_manifest
+from engines.models.config import parse_config
 from engines.models.loader import load_model
 from engines.models.model import Model
+from engines.models.work import count_work
 from engines.protocol import Capacity, EngineInfo, EngineLoadError, EngineSpec, LoadProgress, Measured, ReportProgress
 
 CPU_ROWS, GPU_ROWS = 64, 256
@@ -159,6 +161,8 @@ def _info(
         load_seconds=0.0,
         vocab_size=model.vocab_size,
         measured=measured,
+        work=count_work(parse_config(manifest), model, placement.kv_dtype.itemsize),
+        gpu=None if placement.device.type == "cpu" else describe_gpu(placement),
     )
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engines.protocol import EngineLoadError, EngineSpec
+from engines.gpu_peaks import PEAKS
+from engines.protocol import EngineLoadError, EngineSpec, Gpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
@@ -90,3 +91,16 @@ def _dtype(spec: EngineSpec, option: str, name: str, device: torch.device) -> to
     if dtype is torch.float16 and device.type == "cpu":
         raise EngineLoadError(f"{spec.name}: --{option} float16 is slow and inexact on a CPU; use float32 or bfloat16")
     return dtype
+
+
+def describe_gpu(placement: Placement) -> Gpu:
+    """For the metrics; ``placement`` is on a GPU."""
+    properties = torch.cuda.get_device_properties(placement.device)
+    peak = PEAKS.get(properties.name)
+    half = placement.dtype in (torch.bfloat16, torch.float16)
+    return Gpu(
+        name=properties.name,
+        uuid=f"GPU-{properties.uuid}",
+        peak_flops=peak.flops if peak is not None and half else None,
+        peak_bytes=None if peak is None else peak.bytes,
+    )

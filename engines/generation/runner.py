@@ -10,6 +10,7 @@ import torch
 from engines.generation.launched import LaunchedStep, score_prompts, timestamp
 from engines.generation.logit_edits import apply_edits
 from engines.generation.logprobs import normalized, score
+from engines.generation.recorded_steps import RecordedSteps
 from engines.generation.rows import RowStates
 from engines.generation.sampler import draw
 from engines.generation.step_inputs import Drawing, StepInputs, build_inputs
@@ -41,6 +42,7 @@ class StepRunner:
         self.captured: None = None
         self._states = RowStates(capacity, model.vocab_size, device)
         self._counts = torch.zeros((capacity.max_rows, model.vocab_size), dtype=torch.int32, device=device)
+        self._recorded = RecordedSteps(model, caches, capacity) if device.type == "cpu" else None
 
     @staticmethod
     def state_bytes(max_rows: int, max_model_len: int, vocab: int) -> int:
@@ -61,7 +63,9 @@ class StepRunner:
             return self._finish(empty, started, begin)
         self._states.extend(plan.rows)
         inputs = build_inputs(plan.rows, self._states)
-        hidden = self._model.forward(inputs.batch, self._caches)
+        hidden = None if self._recorded is None else self._recorded.forward(inputs.batch)
+        if hidden is None:
+            hidden = self._model.forward(inputs.batch, self._caches)
         launched = self._draw(plan, inputs, hidden)
         launched.prompts = score_prompts(inputs.prompts, hidden, self._states.tokens, self._model.logits)
         self._finish(launched, started, begin)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,7 +120,32 @@ class ThreadGovernor:
     each of its parts for one that is not running. So when steps have become slow, one runs with the next lower count;
     and a higher count than the present one is tried now and then, more and more seldom while that loses. On a quiet
     machine nothing changes: changing the count costs time by itself. What a step computes does not depend on it.
+
+    Steps of about the same size have a count of their own: more threads that win nothing in a step of one token may
+    halve one of thirty.
     """
+
+    def __init__(self, cores: int, chosen: int, cost: StepCost, clock: Callable[[], float]) -> None:
+        self._make = partial(_SizeGovernor, cores, chosen, cost, clock)
+        self._by_size: dict[int, _SizeGovernor] = {}
+
+    def prepare(self, tokens: int) -> None:
+        """Set the thread count of a step of so many tokens, in the calling thread."""
+        torch.set_num_threads(self._governor(tokens).prepare(tokens))
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Learn how long the prepared step took."""
+        self._governor(tokens).observe(tokens, seconds)
+
+    def _governor(self, tokens: int) -> _SizeGovernor:
+        size = tokens.bit_length()
+        if size not in self._by_size:
+            self._by_size[size] = self._make()
+        return self._by_size[size]
+
+
+class _SizeGovernor:
+    """The thread count of steps of about the same size."""
 
     def __init__(self, cores: int, chosen: int, cost: StepCost, clock: Callable[[], float]) -> None:
         self._levels = [_Level(threads) for threads in candidates(cores)]
@@ -129,17 +155,19 @@ class ThreadGovernor:
         self._cost = cost
         self._clock = clock
 
-    def prepare(self, tokens: int) -> None:
-        """Set the thread count of a step of so many tokens, in the calling thread."""
+    def prepare(self, tokens: int) -> int:
+        """The thread count for a step of so many tokens."""
         now = self._clock()
         self._at = self._home
         for index in self._neighbours():
             if self._worth_a_try(index, tokens) and now >= self._levels[index].trusted_until:
                 self._at = index
                 break
-        torch.set_num_threads(self._levels[self._at].threads)
+        return self._levels[self._at].threads
 
     def _worth_a_try(self, index: int, tokens: int) -> bool:
+        if math.isnan(self._levels[self._home].slowness):
+            return False
         if index < self._home:
             return self._levels[self._home].slowness > DISTRESS
         return self._cost.seconds(tokens) <= DEAREST_TRY

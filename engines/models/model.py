@@ -59,7 +59,12 @@ class Model:
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
         """Write the tokens' KV into ``caches`` (one a layer) and return their residual stream, (T, hidden)."""
-        stream = Stream(self.embedding(batch.token_ids))
+        return self.through_layers(self.embedding(batch.token_ids), batch, caches)
+
+    @torch.inference_mode()
+    def through_layers(self, hidden: torch.Tensor, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
+        """As ``forward``, from the tokens' (T, hidden) embeddings on, whose memory may be taken."""
+        stream = Stream(hidden)
         # What follows the last layer takes some rows only: their norm is cheap.
         following = [layer.attention_norm for layer in self.layers[1:]] + [None]
         for layer, cache, next_norm in zip(self.layers, caches, following, strict=True):

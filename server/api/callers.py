@@ -13,8 +13,11 @@ from server.api.middleware import OPEN_PATHS, header
 from server.api.state import ApiState
 from server.errors import Forbidden, RateLimited, Unauthorized
 from server.tenants import NOBODY, Tenant
+from server.web.page import PATHS as PAGE
 
 ADMIN = "/admin"
+OPERATOR = frozenset({"/metrics", "/stats"})
+"""They tell of all tenants' traffic."""
 _FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
 """A proxy on this machine speaks for somebody else."""
 _BROWSER = (b"origin", b"sec-fetch-site")
@@ -24,8 +27,8 @@ _BROWSER = (b"origin", b"sec-fetch-site")
 class ApiKeys:
     """Finds the tenant of a request's key and leaves it in the scope; refuses what no key opens.
 
-    ``OPEN_PATHS`` need no key. The admin routes need the admin key where one is set, and else a client on this
-    machine. The metrics name all tenants, so the key of a single one does not open them.
+    ``OPEN_PATHS`` and the web page's files need no key. The admin routes need the admin key where one is set, and else
+    a client on this machine. The key of a single tenant does not open what tells of all of them.
     """
 
     def __init__(self, app: ASGIApp, state: ApiState) -> None:
@@ -33,7 +36,7 @@ class ApiKeys:
         self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http":
             try:
                 scope["tenant"] = self._admit(scope)
             except (Unauthorized, Forbidden) as refusal:
@@ -41,6 +44,8 @@ class ApiKeys:
         await self._app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> Tenant:
+        if scope["path"] in OPEN_PATHS or scope["path"] in PAGE:
+            return NOBODY
         tenants = self._state.tenants
         key = _bearer(scope)
         if key is not None and tenants.is_admin(key):
@@ -54,7 +59,7 @@ class ApiKeys:
         tenant = None if key is None else tenants.find(key)
         if tenant is None:
             raise Unauthorized("A valid API key is needed: Authorization: Bearer KEY")
-        if tenant is not NOBODY and scope["path"] == "/metrics":
+        if tenant is not NOBODY and scope["path"] in OPERATOR:
             raise Forbidden("The key of a tenant does not open this route")
         return tenant
 

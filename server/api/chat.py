@@ -29,7 +29,7 @@ from server.api.replies import (
 )
 from server.api.schemas import ChatBody, Message
 from server.api.service import read_service
-from server.api.sse import EventStream, event
+from server.api.sse import MARK, EventStream, event, split_at_text
 from server.api.state import ServedModel
 from server.errors import InvalidRequest
 from server.requests import Request
@@ -58,8 +58,7 @@ async def chat_completions(http_request: HttpRequest) -> Response:
     generation = Generation(state, model, [request], options, service)
     completion_id = f"chatcmpl-{secrets.token_hex(12)}"
     if body.stream:
-        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return EventStream(generation, ChatEvents(generation, completion_id, with_usage), state.settings.keep_alive)
+        return EventStream(generation, ChatEvents(generation, completion_id, body), state.settings.keep_alive)
     whole = await run_to_end(generation, http_request.receive)
     choices = [_choice(index, delta, generation) for index, delta in enumerate(whole)]
     return json_response(
@@ -128,10 +127,11 @@ def _logged(token: LoggedToken, model: ServedModel) -> TokenLogprob:
 class ChatEvents:
     """Chunks of a streamed chat. The common chunk, text and nothing else, is put together from encoded halves."""
 
-    def __init__(self, generation: Generation, completion_id: str, with_usage: bool) -> None:
+    def __init__(self, generation: Generation, completion_id: str, body: ChatBody) -> None:
         self._generation = generation
         self._id = completion_id
-        self._with_usage = with_usage
+        self._with_usage = body.with_usage
+        self._with_timings = body.with_timings
         self._halves: dict[int, tuple[bytes, bytes]] = {}
 
     def events(self, index: int, delta: Delta) -> bytes:
@@ -144,13 +144,15 @@ class ChatEvents:
         return role
 
     def usage(self) -> bytes:
-        return event(msgspec.json.encode(self._frame([], self._generation.usage))) if self._with_usage else b""
+        if not (self._with_usage or self._with_timings):
+            return b""
+        timings = self._generation.timings if self._with_timings else msgspec.UNSET
+        frame = self._frame([], self._generation.usage)
+        return event(msgspec.json.encode(msgspec.structs.replace(frame, timings=timings)))
 
     def _open(self, index: int) -> bytes:
         """The first chunk of a choice tells the role."""
-        mark = '"\0"'
-        before, after = self._chunk(index, ChatDelta(content=mark)).split(msgspec.json.encode(mark))
-        self._halves[index] = before, after
+        self._halves[index] = split_at_text(self._frame([ChatChunkChoice(index, ChatDelta(content=MARK), None, None)]))
         return self._chunk(index, ChatDelta(role="assistant", content=""))
 
     def _full_events(self, index: int, delta: Delta) -> bytes:

@@ -28,7 +28,7 @@ class Delta:
     content: str = ""
     reasoning: str = ""
     logprobs: list[LoggedToken] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
     finish: Finish = ""
 
 
@@ -83,18 +83,19 @@ class ChoiceText:
     def _advance(self, tokens: Sequence[int], entries: Sequence[TokenLogprobs], delta: Delta) -> None:
         self.completion_tokens += len(tokens)
         piece = self._detokenizer.push(tokens)
-        self._held += [LoggedToken(token, self._length, entry) for token, entry in zip(tokens, entries, strict=False)]
+        if entries:
+            logged = zip(tokens, entries, strict=False)
+            self._held += [LoggedToken(token, self._length, entry) for token, entry in logged]
         self._emit(piece, delta)
 
     def _emit(self, piece: str, delta: Delta) -> None:
         self._length += len(piece)
+        stopped = False
         if self._stops is not None:
             piece, stopped = self._stops.push(piece)
-            if stopped:
-                self._give(piece, delta)
-                self._close("stop", delta)
-                return
         self._give(piece, delta)
+        if stopped:
+            self._close("stop", delta)
 
     def _end(self, finish: Literal["stop", "length"], delta: Delta) -> None:
         self._emit(self._detokenizer.flush(), delta)
@@ -114,15 +115,20 @@ class ChoiceText:
     def _give(self, piece: str, delta: Delta) -> None:
         """Text that no stop string can take back any more, and the log probabilities of its tokens."""
         self._emitted += len(piece)
+        if self._held:
+            self._release(delta)
+        if self._splitter is None:
+            delta.content += piece
+        else:
+            self._add(*self._splitter.push(piece), delta)
+
+    def _release(self, delta: Delta) -> None:
+        """The log probabilities of tokens whose text has begun to be given out."""
         ready = len(self._held)
         if self._stops is not None:
             ready = next((i for i, token in enumerate(self._held) if token.offset >= self._emitted), ready)
         delta.logprobs += self._held[:ready]
         del self._held[:ready]
-        if self._splitter is None:
-            delta.content += piece
-        else:
-            self._add(*self._splitter.push(piece), delta)
 
     def _add(self, reasoning: str, content: str, delta: Delta) -> None:
         delta.reasoning += reasoning

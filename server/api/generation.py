@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.types import Receive
 
-from engines.protocol import SamplingParams
+from engines.protocol import SamplingParams, TokenLogprobs
 from server.api.choices import ChoiceText, Delta, TextOptions
-from server.api.exchange import Exchange
-from server.api.replies import CompletionTokensDetails, PromptTokensDetails, Usage
+from server.api.exchange import Exchange, News
+from server.api.replies import CompletionTokensDetails, PromptTokensDetails, Timings, Usage
 from server.api.schemas import GenerationBody
 from server.api.service import Service
 from server.api.state import ApiState, ServedModel
@@ -74,9 +74,10 @@ def sampling_params(body: GenerationBody, model: ServedModel, logprobs: int | No
     return tuple(msgspec.structs.replace(first, choice=choice) for choice in range(body.choices))
 
 
-def check_token_ids(ids: Iterable[int], model: ServedModel, param: str) -> None:
+def check_token_ids(ids: Collection[int], model: ServedModel, param: str) -> None:
     size = model.manifest.vocab_size
-    if (wrong := next((token for token in ids if token >= size), None)) is not None:
+    if max(ids, default=0) >= size:
+        wrong = next(token for token in ids if token >= size)
         raise InvalidRequest(f"{param}: token id {wrong} is outside the vocabulary of {size} tokens", param=param)
 
 
@@ -152,7 +153,7 @@ class Generation:
         tokens = sum(len(log.tokens) for reply in self._replies for log in reply.logs)
         self._state.quotas.charge(self._tenant, tokens)
 
-    def read(self, news: Sequence[tuple[int, ChoiceNews]]) -> list[tuple[int, Delta]]:
+    def read(self, news: News) -> list[tuple[int, Delta]]:
         """Text that the news adds, by choice index."""
         return [
             (index, self._read_choice(index, self._replies[request], each))
@@ -184,21 +185,45 @@ class Generation:
             CompletionTokensDetails(sum(choice.reasoning_tokens for choice in self.choices)),
         )
 
+    @property
+    def timings(self) -> Timings:
+        """Of an answer that has just ended."""
+        arrived, now = self.requests[0].arrived, self._state.clock()
+        firsts = [reply.first_token_at for reply in self._replies if reply.first_token_at is not None]
+        steps = sum(reply.steps for reply in self._replies)
+        return Timings(
+            queue_ms=_milliseconds(max(reply.queue_seconds for reply in self._replies)),
+            ttft_ms=_milliseconds(min(firsts, default=now) - arrived),
+            total_ms=_milliseconds(now - arrived),
+            batch_mean=round(sum(reply.step_rows for reply in self._replies) / max(steps, 1), 2),
+            batch_max=max(reply.largest_step for reply in self._replies),
+        )
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 2)
+
 
 async def run_to_end(generation: Generation, receive: Receive) -> list[Delta]:
     """All of each choice in one Delta. Raises the error that ended a reply, and ClientGone when the client leaves."""
     whole = [Delta() for _ in generation.choices]
     contents: list[list[str]] = [[] for _ in whole]
     thoughts: list[list[str]] = [[] for _ in whole]
+    prompts: list[list[TokenLogprobs]] = [[] for _ in whole]
+
+    def gather(news: News) -> bool:
+        for index, delta in generation.read(news):
+            contents[index].append(delta.content)
+            thoughts[index].append(delta.reasoning)
+            whole[index].logprobs += delta.logprobs
+            prompts[index] += delta.prompt_logprobs
+            whole[index].finish = delta.finish
+        return generation.finished
+
     async with generation.start(receive) as exchange:
-        while not generation.finished:
-            for index, delta in generation.read(await exchange.next()):
-                contents[index].append(delta.content)
-                thoughts[index].append(delta.reasoning)
-                whole[index].logprobs += delta.logprobs
-                whole[index].prompt_logprobs += delta.prompt_logprobs
-                whole[index].finish = delta.finish
-    for delta, content, thought in zip(whole, contents, thoughts, strict=True):
+        await exchange.feed(gather)
+    for delta, content, thought, prompt in zip(whole, contents, thoughts, prompts, strict=True):
+        delta.prompt_logprobs = prompt
         delta.content = "".join(content)
         delta.reasoning = "".join(thought)
     return whole

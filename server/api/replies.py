@@ -30,6 +30,20 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens_details: CompletionTokensDetails
 
 
+class Timings(msgspec.Struct, frozen=True):
+    """How a stream was served, in milliseconds of the server's clock. Of several prompts: of all together."""
+
+    queue_ms: float
+    """From the scheduler's queue to the first step; of several prompts the longest."""
+    ttft_ms: float
+    """From arrival to the first token."""
+    total_ms: float
+    """From arrival to the end."""
+    batch_mean: float
+    """Sequences in the steps that gave this stream its tokens, those of other requests counted in."""
+    batch_max: int
+
+
 # --- chat
 
 
@@ -91,7 +105,8 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
 
 
 class ChatChunk(msgspec.Struct, frozen=True):
-    """One event of a stream. ``usage`` is there where ``include_usage`` was set, and null but in the last."""
+    """One event of a stream. ``usage`` is there where ``include_usage`` was set, and null but in the last, and
+    ``timings`` only in the last where ``include_timings`` was."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -100,6 +115,7 @@ class ChatChunk(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    timings: Timings | msgspec.UnsetType = msgspec.UNSET
 
 
 # --- completions
@@ -130,6 +146,7 @@ class TextCompletion(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    timings: Timings | msgspec.UnsetType = msgspec.UNSET
 
 
 # --- the rest

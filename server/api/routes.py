@@ -34,7 +34,9 @@ from server.api.replies import (
 )
 from server.api.schemas import REQUEST_BODIES, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from server.api.state import ApiState
+from server.api.stats import Stats, stats
 from server.api.tokens import detokenize, tokenize
+from server.web.page import page_routes
 
 _COMPONENTS = "#/components/schemas/"
 _ANSWERS = (
@@ -49,6 +51,7 @@ _ANSWERS = (
     Liveness,
     Readiness,
     ReloadOutcome,
+    Stats,
     ErrorBody,
 )
 _ERRORS = {
@@ -80,6 +83,8 @@ def create_api(state: ApiState) -> FastAPI:
     _get(app, "/health/live", live, Liveness)
     _get(app, "/health/ready", ready, Readiness)
     _get(app, "/version", version, Version, 503)
+    _get(app, "/stats", stats, Stats, 403, 503)
+    app.router.routes.extend(page_routes())
     app.add_api_route("/metrics", metrics, responses=_errors(401, 503) | {200: {"content": {"text/plain": {}}}})
     if state.reload is not None:
         content = {"application/json": {"schema": _reference(ReloadOutcome)}}

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 
 MAX_STOPS = 16
 MAX_PROMPTS = 256
 MAX_CHOICES = 128
 MAX_TOKENS = 1 << 24
 MAX_LOGPROBS = 20
+ID_LIMIT = 1 << 31
 
 _RESERVED_TEMPLATE_KEYS = frozenset({"messages", "chat_template", "tools", "documents", "add_generation_prompt"})
 
@@ -40,10 +51,15 @@ def _integral(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _integral_items(value: object) -> object:
-    if isinstance(value, list) and float in set(map(type, value)):
-        return [_integral(each) for each in value]
-    return value
+def _integral_items(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+    """Plain ids are most of a body's bytes: they are checked in bulk, and one by one only where something is wrong."""
+    if isinstance(value, list):
+        kinds = set(map(type, value))
+        if kinds == {int} and len(value) <= MAX_TOKENS and min(value) >= 0 and max(value) < ID_LIMIT:
+            return value
+        if float in kinds:
+            value = [_integral(each) for each in value]
+    return handler(value)
 
 
 INTEGRAL = BeforeValidator(_integral)
@@ -53,9 +69,9 @@ RefusedUnlessFalse = Annotated[Any, *_unsupported(False)]
 
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, lt=1 << 31)]],
+    list[Annotated[int, Field(ge=0, lt=ID_LIMIT)]],
     Field(max_length=MAX_TOKENS, fail_fast=True),
-    BeforeValidator(_integral_items),
+    WrapValidator(_integral_items),
 ]
 PromptIds = Annotated[TokenIds, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -71,6 +87,8 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: bool | None = None
     """Send one more chunk with ``usage`` and no choices before ``[DONE]``."""
+    include_timings: bool | None = None
+    """Send how the stream was served, as ``timings`` of that same chunk."""
     include_obfuscation: RefusedUnlessFalse = None
 
 
@@ -140,6 +158,14 @@ class GenerationBody(Body):
     @property
     def choices(self) -> int:
         return self.n or 1
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def with_timings(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_timings)
 
     @property
     def stops(self) -> list[str]:

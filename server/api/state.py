@@ -33,6 +33,9 @@ class ModelState:
     total: int = 0
     reason: str = ""
     """Why it failed or restarts, in words fit for a client."""
+    device: str = ""
+    """That it was loaded on; empty before the first load, like ``dtype``."""
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)

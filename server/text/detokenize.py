@@ -83,7 +83,9 @@ class ByteDetokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         table = self._table
-        data = self._rest + b"".join([table[id] for id in ids])
+        data = table[ids[0]] if len(ids) == 1 else b"".join([table[id] for id in ids])
+        if self._rest:
+            data = self._rest + data
         text, used = utf_8_decode(data, "replace", False)
         self._rest = data[used:]
         return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from engines.protocol import End
@@ -29,39 +30,44 @@ class Delivery:
         """
         now = self._clock()
         self._metrics.step(outputs.engine, outputs.stats)
-        gaps: list[float] = []
+        gaps: Counter[float] = Counter()
         news = []
         for index, item in enumerate(outputs.items):
             place = self._places.at(carrier, item)
             if place is not None:
                 news.append((place, self._deliver(place, outputs, index, now, gaps)))
-        self._metrics.tokens_delivered(outputs.engine, sum(fresh for _, fresh in news), gaps)
+        self._metrics.tokens_delivered(outputs.engine, sum([fresh for _, fresh in news]), gaps)
         return news
 
-    def _deliver(self, place: Place, outputs: StepOutputs, index: int, now: float, gaps: list[float]) -> int:
+    def _deliver(self, place: Place, outputs: StepOutputs, index: int, now: float, gaps: Counter[float]) -> int:
         """The time since the choice's last tokens goes to ``gaps``, once for each new one."""
         reply = place.reply
+        item = place.item
         first = reply.first_token_at is None
-        reply.cached_tokens = max(reply.cached_tokens, outputs.cached_tokens[index])
+        if outputs.cached_tokens[index] > reply.cached_tokens:
+            reply.cached_tokens = outputs.cached_tokens[index]
         reply.queue_seconds = reply.queue_seconds or outputs.queue_seconds[index]
-        fresh = reply.deliver(
-            place.choice,
-            outputs.first_index[index],
-            outputs.tokens[index],
-            outputs.ends[index],
-            now=now,
-            logprobs=outputs.logprobs.get(place.item, ()),
-            prompt_logprobs=outputs.prompt_logprobs.get(place.item, ()),
+        fresh = len(
+            reply.deliver(
+                place.choice,
+                outputs.first_index[index],
+                outputs.tokens[index],
+                outputs.ends[index],
+                now=now,
+                logprobs=outputs.logprobs.get(item, ()) if outputs.logprobs else (),
+                prompt_logprobs=outputs.prompt_logprobs.get(item, ()) if outputs.prompt_logprobs else (),
+            )
         )
         if not fresh:
             return 0
+        reply.took_part(outputs.stats.rows)
         if first:
             self._door.started(reply.request)
             self._metrics.first_token(reply.request.model, now - reply.request.arrived)
         if place.last_token_at is not None:
-            gaps += [(now - place.last_token_at) / len(fresh)] * len(fresh)
+            gaps[(now - place.last_token_at) / fresh] += fresh
         place.last_token_at = now
-        return len(fresh)
+        return fresh
 
 
 def ending_of(reply: Reply) -> End:

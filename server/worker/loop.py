@@ -16,6 +16,7 @@ import psutil
 from engines.protocol import Engine, EngineKind, StepPlan
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.core import MAX_IN_FLIGHT, DynamicBatchScheduler, ItemUpdate, StepWork
+from server.worker.counted_work import count_work
 from server.worker.flight_record import FlightRecord
 from server.worker.loading import LoadThread
 from server.worker.mailbox import Mailbox
@@ -123,8 +124,23 @@ class WorkerLoop:
         if not result.irregular:
             _log_step(self._scheduler.settled_work, result.seconds)
         self._steps += 1
-        self._send(ticket.plan, updates, _stats(self._scheduler.settled_work, result.seconds, seconds))
+        self._send(ticket.plan, updates, self._stats(ticket.plan, result.seconds, seconds))
         self._record.settled(ticket.plan.step)
+
+    def _stats(self, plan: StepPlan, seconds: float, plan_seconds: float) -> StepStats:
+        work = self._scheduler.settled_work
+        counted = count_work(plan, work, self._engines[plan.engine].info.work)
+        return StepStats(
+            seconds=seconds,
+            plan_seconds=plan_seconds,
+            rows=work.rows,
+            tokens=work.tokens,
+            prompt_tokens=work.prompt_tokens,
+            predicted_seconds=work.seconds,
+            padding=counted.padding,
+            flops=counted.flops,
+            bytes_read=counted.bytes_read,
+        )
 
     def _send(self, plan: StepPlan, updates: list[ItemUpdate], stats: StepStats) -> None:
         self._mailbox.send(
@@ -209,7 +225,8 @@ class WorkerLoop:
         self._settle_all()
         if name in self._engines:
             updates = self._scheduler.remove_engine(name)
-            self._send(StepPlan(step=self._steps, engine=name), updates, _stats(StepWork(), 0.0, 0.0))
+            nothing = StepStats(seconds=0.0, plan_seconds=0.0, rows=0, tokens=0, prompt_tokens=0)
+            self._send(StepPlan(step=self._steps, engine=name), updates, nothing)
             self._engines.pop(name).close()
         self._mailbox.send(Unloaded(self._incarnation, name))
 
@@ -246,14 +263,3 @@ def _log_step(work: StepWork, seconds: float) -> None:
     """For those who study step times: ``benchmarks/served_steps.py`` reads these lines."""
     if log.isEnabledFor(logging.DEBUG):
         log.debug("step: %s", msgspec.json.encode({"took": seconds, "work": work}).decode())
-
-
-def _stats(work: StepWork, seconds: float, plan_seconds: float) -> StepStats:
-    return StepStats(
-        seconds=seconds,
-        plan_seconds=plan_seconds,
-        rows=work.rows,
-        tokens=work.tokens,
-        prompt_tokens=work.prompt_tokens,
-        predicted_seconds=work.seconds,
-    )

@@ -199,7 +199,11 @@ class Supervisor:
             raise ModelNotFound(f"The model {request.model!r} does not exist.", param="model")
         if self._draining:
             raise EngineUnavailable("The server is shutting down.", retry_after=5)
-        self._door.check(request)
+        try:
+            self._door.check(request)
+        except SlimserveError:
+            self._metrics.turned_away(request)
+            raise
         reply = Reply(request, self._closed)
         self._router.file(reply, self._rollout.version(request.model))
         self._door.filed(request)
@@ -278,6 +282,8 @@ class Supervisor:
         name = status.spec.name
         if status.phase in ("ready", "failed"):
             self._rollout.settled(worker, status)
+        if status.phase == "ready" and status.info is not None and status.capacity is not None:
+            self._metrics.engine_loaded(worker.index, status.info, status.capacity)
         ready = self.replicas(name) > 0
         if ready:
             self._door.open(name)

@@ -197,6 +197,12 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     predicted_seconds: float = 0.0
     """What the scheduler thought that the step would take; 0 where it knew nothing yet."""
+    padding: int = 0
+    """Tokens, or rows of one-shot items, that were computed for nobody: a captured graph has fixed sizes."""
+    flops: float = 0.0
+    """Counted from the model's shape, as is ``bytes_read``; 0 where the engine does not say."""
+    bytes_read: float = 0.0
+    """Weights and KV that the step had to read at least once."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -20,6 +20,7 @@ from server.admission import Door
 from server.api.routes import create_api
 from server.api.state import ApiSettings, ApiState
 from server.errors import Overloaded
+from server.http_server import HttpConnection
 from server.requests import Reply, Request
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.core import DynamicBatchScheduler, ItemUpdate
@@ -121,7 +122,7 @@ def serving(
 ) -> Iterator[Running]:
     dispatcher = InProcessDispatcher()
     state = make_state(manifest, dispatcher, settings=settings, tenants=tenants, clock=time.monotonic)
-    config = uvicorn.Config(create_api(state), http="h11", ws="none", lifespan="off", log_level="warning")
+    config = uvicorn.Config(create_api(state), http=HttpConnection, ws="none", lifespan="off", log_level="warning")
     server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

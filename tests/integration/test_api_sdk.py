@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import httpx
 import openai
@@ -152,8 +152,8 @@ def test_error_in_mid_stream_is_the_sdks_api_error(
         reply = submit(request)
         deliver = reply.deliver
 
-        def deliver_once(*arguments: object, **options: object) -> list[int]:
-            fresh: list[int] = deliver(*arguments, **options)  # type: ignore[arg-type]
+        def deliver_once(*arguments: object, **options: object) -> Sequence[int]:
+            fresh = deliver(*arguments, **options)  # type: ignore[arg-type]
             reply.fail(Overloaded("lost"))
             return fresh
 

@@ -186,7 +186,7 @@ def test_streams_of_a_dead_replica_go_on_at_the_other_at_once(tmp_path: Path) ->
     blocks = ROWS * -(-CONTEXT // BLOCK_SIZE)
     config = configuration(f"{SLOW} replicas=2 max_model_len={CONTEXT}", max_batch=ROWS)
     with fake_server(tmp_path, config) as server:
-        wait_until(lambda: metric(server.url, "slimserve_kv_blocks_total") == 2 * blocks, "both replicas")
+        wait_until(lambda: metric(server.url, "slimserve_kv_blocks") == 2 * blocks, "both replicas")
         bodies = asks(server, 8, max_tokens=4 * TOKENS)
         with reading(server.url, bodies) as readers:
             server.workers()[0].kill()

@@ -92,8 +92,10 @@ def test_signal_lets_open_streams_finish_and_exits_0(server: FakeServer, number:
     with streams(server, 3, max_tokens=100) as opened:
         workers = server.workers()
         folder = socket_folder(workers[0])
+        assert metric(server.url, "slimserve_drain_start_time_seconds") == 0
         server.signal(number)
         wait_until(lambda: not server.ready(), "readiness to go")
+        assert 0 <= time.time() - metric(server.url, "slimserve_drain_start_time_seconds") < 60
         refused = server.complete()
         assert refused.status_code == 503
         assert "shutting down" in refused.json()["error"]["message"]
@@ -172,6 +174,9 @@ def test_two_models_share_one_worker(tmp_path: Path) -> None:
         assert server.complete("b", max_tokens=100).status_code == 400
         assert server.complete("c").status_code == 404
         assert metric(server.url, "slimserve_requests_total", model="b", ending="length") == 1
+        assert metric(server.url, "slimserve_decode_seconds_count", model="b") == 1
+        assert metric(server.url, "slimserve_cache_config_info", model="b") == 1
+        assert metric(server.url, "slimserve_model_kv_bytes", model="b") > 0
 
 
 def test_no_torch_in_the_api_process(lasting: FakeServer) -> None:

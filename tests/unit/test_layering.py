@@ -39,7 +39,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.metric_table": (),
     "server.tenants": ("server.errors", "server.worker.wire"),
     "server.quotas": ("server.errors", "server.tenants"),
-    "server.metrics": ("server.metric_table", "server.requests", "server.worker.wire", "engines.protocol"),
+    "server.metric_families": ("server.metric_table",),
+    "server.slo": ("server.errors", "server.requests", "engines.protocol"),
+    "server.metrics": (
+        "server.metric_families",
+        "server.slo",
+        "server.requests",
+        "server.worker.wire",
+        "server.worker.watch",
+        "engines.protocol",
+    ),
 }
 """Of the project's own modules each may import only those; the longest matching entry counts."""
 

@@ -97,7 +97,7 @@ def test_watcher_is_woken_by_news_by_an_error_and_by_the_end() -> None:
     async def main() -> None:
         reply, _ = make_reply()
         wake = asyncio.Event()
-        reply.watch(wake)
+        reply.watch(wake.set)
         assert not wake.is_set()
         reply.deliver(0, 0, [1], "", now=1.0)
         assert wake.is_set()
@@ -123,7 +123,7 @@ def test_overflow_closes_the_reply_and_calls() -> None:
         reply, closed = make_reply()
         wake = asyncio.Event()
         overflows: list[int] = []
-        reply.watch(wake, 3, lambda: overflows.append(1))
+        reply.watch(wake.set, 3, lambda: overflows.append(1))
         reply.deliver(0, 0, [1, 2, 3], "", now=1.0)
         assert wake.is_set()
         assert not overflows
@@ -146,7 +146,7 @@ def test_watch_sees_what_came_before() -> None:
             else:
                 reply.fail(EngineUnavailable("died"))
             wake = asyncio.Event()
-            reply.watch(wake)
+            reply.watch(wake.set)
             assert wake.is_set()
 
     asyncio.run(main())

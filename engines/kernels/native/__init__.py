@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from engines.kernels.native.arguments import PackedCodes
 from engines.kernels.native.calls import Native
 from engines.kernels.native.library import NativeUnavailable
+from engines.kernels.native.tape import Arena, Tape, Watch
 
-__all__ = ["Native", "NativeStatus", "PackedCodes", "native_status", "shared_native"]
+__all__ = ["Arena", "Native", "NativeStatus", "PackedCodes", "Tape", "Watch", "native_status", "shared_native"]
 
 logger = logging.getLogger(__name__)
 

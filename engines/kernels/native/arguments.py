@@ -46,6 +46,7 @@ def quantized_call(
     gated: bool,
     residual: torch.Tensor | None,
     out: torch.Tensor,
+    threads: int,
 ) -> QuantizedCall:
     """As ``Native.quantized_linear``, into ``out``; without a workspace."""
     norm_weight, eps = (None, 0.0) if norm is None else (norm[0].data_ptr(), norm[1])
@@ -78,7 +79,7 @@ def quantized_call(
         TYPE_CODES[x.dtype],
         SCALE_CODES[weight.scale.dtype],
         TYPE_CODES[out.dtype],
-        torch.get_num_threads(),
+        threads,
     )
 
 
@@ -91,6 +92,7 @@ def attention_call(
     scale: float,
     out: torch.Tensor,
     workspace: int,
+    threads: int,
 ) -> AttentionCall:
     """As ``Native.attention``, into ``out``, with the address of a workspace."""
     _, query_heads, head_dim = queries.shape
@@ -120,7 +122,8 @@ def attention_call(
         values.shape[3],
         workspace,
         scale,
+        batch.decode_rows == batch.context_lengths.shape[0] == queries.shape[0],
         TYPE_CODES[queries.dtype],
         TYPE_CODES[keys.dtype],
-        torch.get_num_threads(),
+        threads,
     )

@@ -15,8 +15,8 @@
 #define TASK_GROUPS 4
 
 typedef struct {
-    const AttentionCall *call;
-    const int64_t *first_task; /* (rows + 1): tasks of the rows before */
+    AttentionCall call;
+    const int64_t *first_task; /* (rows + 1): tasks of the rows before; NULL where every row has one token */
     int64_t groups, groups_per_task, heads_per_group, groups_per_kv_head, tokens_per_task;
 } AttentionPlan;
 
@@ -58,23 +58,29 @@ INLINE int64_t worker_floats(int64_t head_dim, int64_t value_dim) {
 
 /* Whether a group is small enough to read values where they lie: copies of a tile would be read but once. */
 INLINE int reads_values_in_place(const AttentionPlan *plan, const Group *group) {
-    return group->queries <= TILE_ROWS && plan->groups_per_kv_head == 1 && plan->call->value_dim % PANEL_WIDTH == 0;
+    return group->queries <= TILE_ROWS && plan->groups_per_kv_head == 1 && plan->call.value_dim % PANEL_WIDTH == 0;
 }
 
 static int64_t attention_workspace(int64_t rows, int64_t head_dim, int64_t value_dim, int threads) {
     return plan_bytes(rows) + threads * worker_floats(head_dim, value_dim) * (int64_t)sizeof(float);
 }
 
-INLINE AttentionTask find_task(const AttentionPlan *plan, int64_t item) {
-    const AttentionCall *call = plan->call;
-    int64_t low = 0, high = call->rows - 1;
+/* The row that a task belongs to. */
+INLINE int64_t find_row(const AttentionPlan *plan, int64_t item) {
+    int64_t low = 0, high = plan->call.rows - 1;
     while (low < high) {
         int64_t middle = (low + high + 1) / 2;
         if (plan->first_task[middle] <= item) low = middle;
         else high = middle - 1;
     }
+    return low;
+}
+
+INLINE AttentionTask find_task(const AttentionPlan *plan, int64_t item) {
+    const AttentionCall *call = &plan->call;
     int64_t shares = (plan->groups + plan->groups_per_task - 1) / plan->groups_per_task;
-    int64_t inside = item - plan->first_task[low];
+    int64_t low = plan->first_task ? find_row(plan, item) : item / shares;
+    int64_t inside = item - (plan->first_task ? plan->first_task[low] : low * shares);
     AttentionTask task = {.row = low, .first_group = inside % shares * plan->groups_per_task};
     int64_t groups_left = plan->groups - task.first_group;
     task.groups = groups_left < plan->groups_per_task ? groups_left : plan->groups_per_task;
@@ -105,7 +111,7 @@ INLINE void pack_queries(const AttentionCall *call, const AttentionTask *task, c
 
 INLINE void start_group(const AttentionPlan *plan, const AttentionTask *task, int64_t index, float *memory,
                         Group *group) {
-    const AttentionCall *call = plan->call;
+    const AttentionCall *call = &plan->call;
     int64_t shared = call->query_heads / call->kv_heads, part = index % plan->groups_per_kv_head;
     int64_t skipped = part * plan->heads_per_group;
     group->kv_head = index / plan->groups_per_kv_head;
@@ -328,7 +334,7 @@ INLINE void write_output(const AttentionCall *call, const AttentionTask *task, c
 
 static void attend(const void *context, int64_t item, int worker) {
     const AttentionPlan *plan = context;
-    const AttentionCall *call = plan->call;
+    const AttentionCall *call = &plan->call;
     const AttentionTask task = find_task(plan, item);
     const int64_t value_floats = PANEL_WIDTH * padded_width(call->value_dim);
     float *memory = (float *)((char *)call->workspace + plan_bytes(call->rows)) +
@@ -361,7 +367,7 @@ static void attend(const void *context, int64_t item, int worker) {
 }
 
 static void attention(const AttentionCall *call) {
-    AttentionPlan plan = {.call = call};
+    AttentionPlan plan = {.call = *call};
     int64_t shared = call->query_heads / call->kv_heads;
     plan.groups_per_kv_head = (shared + GROUP_QUERIES - 1) / GROUP_QUERIES;
     plan.heads_per_group = (shared + plan.groups_per_kv_head - 1) / plan.groups_per_kv_head;
@@ -372,6 +378,10 @@ static void attention(const AttentionCall *call) {
     plan.groups_per_task = 1;
     if (call->rows >= 4 * call->threads) plan.groups_per_task = plan.groups < TASK_GROUPS ? plan.groups : TASK_GROUPS;
     int64_t shares = (plan.groups + plan.groups_per_task - 1) / plan.groups_per_task;
+    if (call->decodes) {
+        slim_parallel_for(call->rows * shares, call->threads, attend, &plan, sizeof(plan));
+        return;
+    }
     int64_t *first_task = call->workspace;
     first_task[0] = 0;
     for (int64_t row = 0; row < call->rows; row++) {
@@ -380,7 +390,7 @@ static void attention(const AttentionCall *call) {
         first_task[row + 1] = first_task[row] + tiles * shares;
     }
     plan.first_task = first_task;
-    slim_parallel_for(first_task[call->rows], call->threads, attend, &plan);
+    slim_parallel_for(first_task[call->rows], call->threads, attend, &plan, sizeof(plan));
 }
 
 #endif

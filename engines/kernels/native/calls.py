@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from engines.kernels.native.arguments import PackedCodes, attention_call, quantized_call
 from engines.kernels.native.library import TYPE_CODES, VARIANTS, NativeUnavailable, load_library
+from engines.kernels.native.tape import Arena, Tape
 from engines.kernels.reference import AttentionBatch, row_tables
 
 
@@ -42,11 +45,38 @@ class Native:
         self.panel_width: int = library.slim_panel_width(self._table)
 
     def _reserve(self, size: int) -> int:
-        """Address of ``size`` bytes that this thread may use until its next call; fresh memory costs page faults."""
+        """Address of ``size`` bytes that this thread may use until its next call, and a tape whenever it runs; fresh
+        memory costs page faults."""
         workspace: torch.Tensor | None = getattr(self._scratch, "workspace", None)
         if workspace is None or workspace.numel() < size:
             workspace = self._scratch.workspace = torch.empty(max(size, 1), dtype=torch.uint8)
+        if (tape := self._tape) is not None:
+            tape.keep(workspace)
         return workspace.data_ptr()
+
+    @property
+    def _tape(self) -> Tape | None:
+        """On which the calling thread records."""
+        return getattr(self._scratch, "tape", None)
+
+    def _threads(self) -> int:
+        """Of one call; on a tape the most that it may run on, since a call's memory is laid out for them."""
+        tape = self._tape
+        return torch.get_num_threads() if tape is None else tape.threads
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        tape = self._tape
+        return torch.empty(shape, dtype=dtype) if tape is None else tape.arena.empty(shape, dtype)
+
+    @contextmanager
+    def recording(self, threads: int, arena: Arena) -> Iterator[Tape]:
+        """What this thread calls meanwhile is done, and goes on the tape."""
+        self._scratch.tape = tape = Tape(self._library, threads, arena)
+        try:
+            yield tape
+        finally:
+            self._scratch.tape = None
+            tape.end()
 
     def pack_panels(self, weight: torch.Tensor) -> torch.Tensor:
         """(out, in) float32 -> (panels, in, panel width), zero past the last column."""
@@ -60,7 +90,7 @@ class Native:
     def linear(self, x: torch.Tensor, panels: torch.Tensor, columns: int, bias: torch.Tensor | None) -> torch.Tensor:
         """(T, in) float32 -> (T, columns)."""
         rows, depth = x.shape
-        out = x.new_empty(rows, columns)
+        out = self._empty((rows, columns), x.dtype)
         workspace = self._reserve(4 * self._linear_workspace(self._table, rows, depth))
         self._linear(
             self._table,
@@ -73,7 +103,7 @@ class Native:
             rows,
             depth,
             columns,
-            torch.get_num_threads(),
+            self._threads(),
         )
         return out
 
@@ -93,14 +123,16 @@ class Native:
         gated weight are whole panels.
         """
         rows = x.shape[0]
-        out = x.new_empty(rows, weight.columns // 2 if gated else weight.columns, dtype=out_type)
-        call = quantized_call(x, weight, norm, bias, gated, residual, out)
+        out = self._empty((rows, weight.columns // 2 if gated else weight.columns), out_type)
+        call = quantized_call(x, weight, norm, bias, gated, residual, out, self._threads())
         workspace: torch.Tensor | None = getattr(self._scratch, "workspace", None)
         if workspace is not None:
             call.workspace, call.workspace_bytes = workspace.data_ptr(), workspace.numel()
         address = ctypes.addressof(call)
         while missing := self._quantized_linear(self._table, address):
             call.workspace, call.workspace_bytes = self._reserve(missing), missing
+        if self._tape is not None:
+            self._reserve(0)
         return out
 
     def attention(
@@ -108,17 +140,17 @@ class Native:
     ) -> torch.Tensor:
         """As ``reference.attention``; keys and values may be views of one cache."""
         tokens, query_heads, head_dim = queries.shape
-        rows, value_dim, threads = batch.context_lengths.shape[0], values.shape[3], torch.get_num_threads()
-        out = queries.new_empty(tokens, query_heads, value_dim)
+        rows, value_dim, threads = batch.context_lengths.shape[0], values.shape[3], self._threads()
+        out = self._empty((tokens, query_heads, value_dim), queries.dtype)
         workspace = self._reserve(self._attention_workspace(self._table, rows, head_dim, value_dim, threads))
         block_tables = row_tables(batch)
-        call = attention_call(queries, keys, values, batch, block_tables, scale, out, workspace)
+        call = attention_call(queries, keys, values, batch, block_tables, scale, out, workspace, threads)
         self._attention(self._table, ctypes.addressof(call))
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x is (T, width) or (T, heads, width)."""
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = self._empty(x.shape, x.dtype)
         inner, inner_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
         self._norm(
             self._table,
@@ -132,14 +164,14 @@ class Native:
             x.shape[-1],
             eps,
             TYPE_CODES[x.dtype],
-            torch.get_num_threads(),
+            self._threads(),
         )
         return out
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """(T, 2I) -> (T, I)."""
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = gate_up.new_empty(rows, width)
+        out = self._empty((rows, width), gate_up.dtype)
         self._silu_mul(
             self._table,
             gate_up.data_ptr(),
@@ -148,7 +180,7 @@ class Native:
             rows,
             width,
             TYPE_CODES[gate_up.dtype],
-            torch.get_num_threads(),
+            self._threads(),
         )
         return out
 
@@ -177,7 +209,7 @@ class Native:
             cos_sin.shape[1],
             interleaved,
             TYPE_CODES[queries.dtype],
-            torch.get_num_threads(),
+            self._threads(),
         )
 
     def write_cache(self, entries: torch.Tensor, cache: torch.Tensor, cache_slots: torch.Tensor) -> None:
@@ -195,13 +227,14 @@ class Native:
             entries.shape[-1],
             TYPE_CODES[entries.dtype],
             TYPE_CODES[cache.dtype],
+            self._threads(),
         )
 
     def argmax(self, values: torch.Tensor) -> torch.Tensor:
         """(R, V) float32 -> (R,) int64: the first place of each row's largest value; some place if it has none."""
         out = torch.empty(values.shape[0], dtype=torch.int64)
         rows, width = values.shape
-        threads = torch.get_num_threads()
+        threads = self._threads()
         self._argmax(self._table, values.data_ptr(), values.stride(0), out.data_ptr(), rows, width, threads)
         return out
 
@@ -218,6 +251,6 @@ class Native:
             out.data_ptr(),
             seeds.shape[0],
             vocab,
-            torch.get_num_threads(),
+            self._threads(),
         )
         return out

@@ -1,13 +1,9 @@
 /* The product that quantized weights are made of: each 32-bit lane takes the sum of four unsigned codes times four
- * signed ones. The only place with intrinsics: no portable expression compiles to these instructions. */
+ * signed ones. With intrinsics: no portable expression compiles to these instructions. */
 #ifndef SLIMSERVE_DOT_H
 #define SLIMSERVE_DOT_H
 
 #include "vectors.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 typedef int8_t bvec __attribute__((vector_size(VECTOR_BYTES / 4)));
 typedef int32_t ivec_at __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));

@@ -11,9 +11,9 @@ INLINE int64_t rows_per_task(int64_t width) {
 }
 
 /* Runs ``body`` over rows in tasks of a worthwhile size. */
-INLINE void for_row_groups(int64_t rows, int64_t width, int threads, TaskBody body, const void *call) {
+INLINE void for_row_groups(int64_t rows, int64_t width, int threads, TaskBody body, const void *call, size_t bytes) {
     int64_t group = rows_per_task(width);
-    slim_parallel_for((rows + group - 1) / group, threads, body, call);
+    slim_parallel_for((rows + group - 1) / group, threads, body, call, bytes);
 }
 
 INLINE void norm_row(int type, const NormCall *call, int64_t row) {
@@ -48,7 +48,7 @@ static void norm_group(const void *context, int64_t item, int worker) {
 }
 
 static void norm(const NormCall *call) {
-    for_row_groups(call->outer * call->inner, call->width, call->threads, norm_group, call);
+    for_row_groups(call->outer * call->inner, call->width, call->threads, norm_group, call, sizeof(*call));
 }
 
 INLINE vec silu_times(vec gate, vec up) {
@@ -80,7 +80,7 @@ static void silu_group(const void *context, int64_t item, int worker) {
 }
 
 static void silu_mul(const SiluCall *call) {
-    for_row_groups(call->rows, call->width, call->threads, silu_group, call);
+    for_row_groups(call->rows, call->width, call->threads, silu_group, call, sizeof(*call));
 }
 
 INLINE void rotate_halves(int type, void *heads, int64_t at, const float *cosines, const float *sines, int64_t half) {
@@ -136,7 +136,7 @@ static void rope_group(const void *context, int64_t item, int worker) {
 }
 
 static void rope(const RopeCall *call) {
-    for_row_groups(call->tokens, rope_width(call), call->threads, rope_group, call);
+    for_row_groups(call->tokens, rope_width(call), call->threads, rope_group, call, sizeof(*call));
 }
 
 INLINE void convert_row(int from_type, const void *source, int64_t from, int to_type, void *target, int64_t to,
@@ -147,9 +147,11 @@ INLINE void convert_row(int from_type, const void *source, int64_t from, int to_
     if (i < width) store_part(to_type, target, to + i, load_part(from_type, source, from + i, width - i), width - i);
 }
 
-static void write_cache(const CacheWriteCall *call) {
-    const int64_t width = call->width;
-    for (int64_t token = 0; token < call->tokens; token++) {
+static void write_entries(const void *context, int64_t item, int worker) {
+    (void)worker;
+    const CacheWriteCall *call = context;
+    const int64_t width = call->width, group = rows_per_task(call->heads * width);
+    for (int64_t token = item * group; token < (item + 1) * group && token < call->tokens; token++) {
         for (int64_t head = 0; head < call->heads; head++) {
             int64_t from = token * call->token_stride + head * call->head_stride;
             int64_t to = (call->slots[token] * call->heads + head) * width;
@@ -162,6 +164,10 @@ static void write_cache(const CacheWriteCall *call) {
             else convert_row(BFLOAT16, call->entries, from, BFLOAT16, call->cache, to, width);
         }
     }
+}
+
+static void write_cache(const CacheWriteCall *call) {
+    for_row_groups(call->tokens, call->heads * call->width, call->threads, write_entries, call, sizeof(*call));
 }
 
 #endif

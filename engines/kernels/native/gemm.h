@@ -154,8 +154,8 @@ static void multiply_block(const void *context, int64_t item, int worker) {
 
 static void linear(const LinearCall *call) {
     int64_t tiles = tile_count(call->rows), panels = (call->columns + PANEL_WIDTH - 1) / PANEL_WIDTH;
-    if (call->rows > 1) slim_parallel_for(tiles, call->threads, pack_tile, call);
-    slim_parallel_for((tiles + BLOCK_TILES - 1) / BLOCK_TILES * panels, call->threads, multiply_block, call);
+    if (call->rows > 1) slim_parallel_for(tiles, call->threads, pack_tile, call, sizeof(*call));
+    slim_parallel_for((tiles + BLOCK_TILES - 1) / BLOCK_TILES * panels, call->threads, multiply_block, call, sizeof(*call));
 }
 
 typedef struct {
@@ -183,7 +183,7 @@ static void pack_panel(const void *context, int64_t item, int worker) {
 static void pack_panels(const float *weight, int64_t stride, int64_t columns, int64_t depth, float *panels,
                         int threads) {
     PackCall call = {weight, stride, columns, depth, panels};
-    slim_parallel_for((columns + PANEL_WIDTH - 1) / PANEL_WIDTH, threads, pack_panel, &call);
+    slim_parallel_for((columns + PANEL_WIDTH - 1) / PANEL_WIDTH, threads, pack_panel, &call, sizeof(call));
 }
 
 #endif

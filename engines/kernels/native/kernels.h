@@ -30,6 +30,7 @@ typedef struct {
     int64_t table_stride, block_size, rows, query_heads, kv_heads, head_dim, value_dim;
     void *workspace; /* slim_attention_workspace() bytes, 64-byte aligned */
     float scale;
+    int decodes; /* every row has one token */
     int query_type, cache_type, threads;
 } AttentionCall;
 
@@ -66,7 +67,7 @@ typedef struct {
     void *cache; /* (slots, heads, width) contiguous */
     const int64_t *slots;
     int64_t tokens, heads, width;
-    int entry_type, cache_type;
+    int entry_type, cache_type, threads;
 } CacheWriteCall;
 
 typedef struct {
@@ -137,7 +138,8 @@ extern const KernelTable slim_kernels_avx512vnni;
 typedef void (*TaskBody)(const void *context, int64_t item, int worker);
 
 /* Runs items 0 .. items-1, each once, on up to ``threads`` threads. No result may depend on which thread runs an
- * item, or when. */
-void slim_parallel_for(int64_t items, int threads, TaskBody body, const void *context);
+ * item, or when. A tape that records keeps a copy of the context: what that leads to outside of itself has to be there,
+ * and the same, whenever the tape runs. */
+void slim_parallel_for(int64_t items, int threads, TaskBody body, const void *context, size_t context_bytes);
 
 #endif

@@ -1,42 +1,241 @@
-/* What native.py calls: choice of the instruction set, the task queue, and one exported function an operation. */
+/* What calls.py calls: choice of the instruction set, the team of threads, tapes, and one exported function an operation. */
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
-typedef void (*StartTeam)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+#define CACHE_LINE 64
+#define PATIENT_LOOKS 2000 /* at what other threads do, before the core is offered to somebody else */
+#define SHARES 8           /* a thread takes its part of a phase in about so many pieces, fewer where items are few */
+#define MOST_HELPERS 255
 
-static StartTeam start_team;
-
+/* One loop of independent items. A phase begins when all items of the one before it are done. */
 typedef struct {
     TaskBody body;
     const void *context;
-    int64_t items, next;
-    int workers;
-} Queue;
+    int64_t items;
+} Phase;
 
-static void drain(void *data) {
-    Queue *queue = data;
-    int worker = __atomic_fetch_add(&queue->workers, 1, __ATOMIC_RELAXED);
-    int64_t item;
-    while ((item = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED)) < queue->items)
-        queue->body(queue->context, item, worker);
+/* Of one phase. ``next`` has the number of its run in the upper half: who is late takes no item of a later run. */
+typedef struct {
+    _Alignas(CACHE_LINE) uint64_t next;
+    _Alignas(CACHE_LINE) int64_t done;
+} Progress;
+
+typedef struct {
+    const Phase *phases;
+    Progress *progress;
+    int64_t count;
+    int threads;
+} Run;
+
+/* Helpers take items of whatever run there is. Nobody waits for a helper, only for items that one has taken, so a
+ * helper that has no core, or was lost in a fork, costs nothing but its help. One run at a time is helped. */
+static struct {
+    int owned;       /* by the thread whose run it is */
+    uint32_t number; /* of the present run, 0 where there is none */
+    uint32_t last;   /* number that was given */
+    Run run;
+    Phase phase;
+    Progress progress; /* of a run of one phase */
+    int helpers, asleep;
+    const Progress *busy[MOST_HELPERS + 1]; /* what each helper looks at */
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+} team = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static void relax(int looks) {
+    if (looks > PATIENT_LOOKS) sched_yield();
+#if defined(__x86_64__)
+    else __builtin_ia32_pause();
+#endif
 }
 
-void slim_parallel_for(int64_t items, int threads, TaskBody body, const void *context) {
-    if (threads > items) threads = (int)items;
-    if (threads <= 1) {
-        for (int64_t item = 0; item < items; item++) body(context, item, 0);
+/* First of up to ``piece`` items that the caller has to do; negative where there are none left for it. */
+static int64_t take_items(Progress *progress, uint32_t number, int64_t items, int64_t piece) {
+    uint64_t next = __atomic_load_n(&progress->next, __ATOMIC_ACQUIRE);
+    do {
+        if ((uint32_t)(next >> 32) != number || (int64_t)(uint32_t)next >= items) return -1;
+    } while (!__atomic_compare_exchange_n(&progress->next, &next, next + (uint64_t)piece, 1, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
+    return (int64_t)(uint32_t)next;
+}
+
+static int is_over(uint32_t number) {
+    return __atomic_load_n(&team.number, __ATOMIC_ACQUIRE) != number;
+}
+
+static void take_part(const Run *run, uint32_t number, int worker) {
+    for (int64_t at = 0; at < run->count; at++) {
+        const Phase *phase = &run->phases[at];
+        Progress *progress = &run->progress[at];
+        const int64_t items = phase->items, pieces = (int64_t)run->threads * SHARES;
+        const int64_t piece = items > pieces ? items / pieces : 1;
+        int64_t first;
+        while ((first = take_items(progress, number, items, piece)) >= 0) {
+            const int64_t last = first + piece < items ? first + piece : items;
+            for (int64_t item = first; item < last; item++) phase->body(phase->context, item, worker);
+            __atomic_fetch_add(&progress->done, last - first, __ATOMIC_RELEASE);
+        }
+        for (int looks = 0; __atomic_load_n(&progress->done, __ATOMIC_ACQUIRE) < items; looks++) {
+            if (is_over(number)) return;
+            relax(looks);
+        }
+    }
+}
+
+/* Number of the run that comes after that of number ``seen``. */
+static uint32_t await_run(uint32_t seen) {
+    uint32_t number;
+    for (int looks = 0; looks < PATIENT_LOOKS; looks++) {
+        number = __atomic_load_n(&team.number, __ATOMIC_SEQ_CST);
+        if (number && number != seen) return number;
+        relax(looks);
+    }
+    pthread_mutex_lock(&team.lock);
+    __atomic_fetch_add(&team.asleep, 1, __ATOMIC_SEQ_CST);
+    while ((number = __atomic_load_n(&team.number, __ATOMIC_SEQ_CST)) == 0 || number == seen)
+        pthread_cond_wait(&team.wake, &team.lock);
+    __atomic_fetch_sub(&team.asleep, 1, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&team.lock);
+    return number;
+}
+
+static void *help(void *place) {
+    const int worker = (int)(intptr_t)place;
+    uint32_t seen = 0;
+    for (;;) {
+        seen = await_run(seen);
+        const Run run = team.run; /* parts of two, where it has changed meanwhile: then it is over */
+        __atomic_store_n(&team.busy[worker], run.progress, __ATOMIC_SEQ_CST);
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        if (!is_over(seen) && worker < run.threads) take_part(&run, seen, worker);
+        __atomic_store_n(&team.busy[worker], NULL, __ATOMIC_RELEASE);
+    }
+    return NULL;
+}
+
+static void forget_helpers(void) {
+    team.owned = team.helpers = team.asleep = 0;
+    team.number = 0;
+    memset(team.busy, 0, sizeof(team.busy));
+    pthread_mutex_init(&team.lock, NULL);
+    pthread_cond_init(&team.wake, NULL);
+}
+
+static void hire_helpers(int wanted) {
+    static int prepared;
+    if (!prepared) prepared = pthread_atfork(NULL, NULL, forget_helpers) == 0;
+    if (wanted > MOST_HELPERS) wanted = MOST_HELPERS;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_t thread;
+    while (team.helpers < wanted && pthread_create(&thread, NULL, help, (void *)(intptr_t)(team.helpers + 1)) == 0) {
+        pthread_detach(thread);
+        team.helpers++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* ``progress`` is NULL for a run of one phase. */
+static void run_phases(const Phase *phases, Progress *progress, int64_t count, int threads) {
+    if (threads <= 1 || __atomic_exchange_n(&team.owned, 1, __ATOMIC_ACQUIRE)) {
+        for (int64_t at = 0; at < count; at++)
+            for (int64_t item = 0; item < phases[at].items; item++) phases[at].body(phases[at].context, item, 0);
         return;
     }
-    Queue queue = {body, context, items, 0, 0};
-    start_team(drain, &queue, (unsigned)threads, 0);
+    if (team.helpers < threads - 1) hire_helpers(threads - 1);
+    team.last = team.last == UINT32_MAX ? 1 : team.last + 1;
+    if (progress == NULL) {
+        progress = &team.progress;
+        team.phase = *phases;
+        phases = &team.phase;
+    }
+    for (int64_t at = 0; at < count; at++) {
+        __atomic_store_n(&progress[at].next, (uint64_t)team.last << 32, __ATOMIC_RELAXED);
+        __atomic_store_n(&progress[at].done, 0, __ATOMIC_RELAXED);
+    }
+    team.run = (Run){phases, progress, count, threads};
+    __atomic_store_n(&team.number, team.last, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&team.asleep, __ATOMIC_SEQ_CST)) {
+        pthread_mutex_lock(&team.lock);
+        pthread_cond_broadcast(&team.wake);
+        pthread_mutex_unlock(&team.lock);
+    }
+    take_part(&team.run, team.last, 0);
+    __atomic_store_n(&team.number, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&team.owned, 0, __ATOMIC_RELEASE);
 }
 
-/* ``team`` is GOMP_parallel of the OpenMP runtime that torch has loaded, so that both share one team of threads. */
-EXPORT void slim_share_threads(StartTeam team) {
-    start_team = team;
+/* The phases of many operations, which it runs again as one. */
+typedef struct {
+    Phase *phases;
+    Progress *progress; /* (count), made for the first run */
+    int64_t count, room;
+    int threads; /* the most that the phases have memory for */
+    int failed;  /* there was no memory to record them all */
+} Tape;
+
+static _Thread_local Tape *recording;
+
+static void record(Tape *tape, const Phase *phase, size_t context_bytes) {
+    if (tape->count == tape->room) {
+        const int64_t room = 2 * tape->room + 64;
+        Phase *grown = realloc(tape->phases, (size_t)room * sizeof(Phase));
+        if (grown == NULL) {
+            tape->failed = 1;
+            return;
+        }
+        tape->phases = grown;
+        tape->room = room;
+    }
+    void *context = malloc(context_bytes);
+    if (context == NULL) {
+        tape->failed = 1;
+        return;
+    }
+    memcpy(context, phase->context, context_bytes);
+    tape->phases[tape->count++] = (Phase){phase->body, context, phase->items};
+}
+
+void slim_parallel_for(int64_t items, int threads, TaskBody body, const void *context, size_t context_bytes) {
+    const Phase phase = {body, context, items};
+    run_phases(&phase, NULL, 1, items < threads ? (int)items : threads);
+    if (recording) record(recording, &phase, context_bytes);
+}
+
+/* What the calling thread does from now on goes on a new tape too, until slim_tape_end. Its calls say ``threads``. */
+EXPORT Tape *slim_tape_begin(int threads) {
+    recording = calloc(1, sizeof(Tape));
+    if (recording) recording->threads = threads;
+    return recording;
+}
+
+EXPORT void slim_tape_free(Tape *tape) {
+    /* A helper that is late may still look at it. */
+    for (int worker = 1; tape->progress && worker <= MOST_HELPERS; worker++)
+        while (__atomic_load_n(&team.busy[worker], __ATOMIC_SEQ_CST) == tape->progress) sched_yield();
+    for (int64_t at = 0; at < tape->count; at++) free((void *)tape->phases[at].context);
+    free(tape->phases);
+    free(tape->progress);
+    free(tape);
+}
+
+/* Returns the number of phases on the tape; 0 where there was no memory for them all. */
+EXPORT int64_t slim_tape_end(void) {
+    Tape *tape = recording;
+    recording = NULL;
+    if (!tape->failed) tape->progress = aligned_alloc(CACHE_LINE, ((size_t)tape->count + 1) * sizeof(Progress));
+    return tape->progress ? tape->count : 0;
+}
+
+EXPORT void slim_tape_run(Tape *tape, int threads) {
+    run_phases(tape->phases, tape->progress, tape->count, threads < tape->threads ? threads : tape->threads);
 }
 
 /* The kernels of one instruction set, for the first argument of the functions below; NULL where the machine lacks it. */
@@ -106,9 +305,9 @@ EXPORT void slim_rope(const KernelTable *kernels, void *queries, int64_t query_t
 
 EXPORT void slim_write_cache(const KernelTable *kernels, const void *entries, int64_t token_stride, int64_t head_stride, void *cache,
                              const int64_t *slots, int64_t tokens, int64_t heads, int64_t width, int entry_type,
-                             int cache_type) {
+                             int cache_type, int threads) {
     CacheWriteCall call = {entries, token_stride, head_stride, cache, slots, tokens, heads, width, entry_type,
-                           cache_type};
+                           cache_type, threads};
     kernels->write_cache(&call);
 }
 

@@ -1,11 +1,10 @@
-"""Finds the native CPU library, loads it with ctypes and gives it torch's threads."""
+"""Finds the native CPU library and loads it with ctypes."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
-from pathlib import Path
 
 import torch
 
@@ -43,6 +42,7 @@ class AttentionCall(ctypes.Structure):
         ("value_dim", c_int64),
         ("workspace", c_void_p),
         ("scale", c_float),
+        ("decodes", c_int),
         ("query_type", c_int),
         ("cache_type", c_int),
         ("threads", c_int),
@@ -95,7 +95,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "slim_norm": [c_void_p, c_int64, c_int64, *[c_void_p] * 2, *[c_int64] * 3, c_float, *_TYPE_AND_THREADS],
     "slim_silu_mul": [c_void_p, c_int64, c_void_p, c_int64, c_int64, *_TYPE_AND_THREADS],
     "slim_rope": [*[c_void_p, *[c_int64] * 3] * 2, c_void_p, c_void_p, c_int64, c_int64, c_int, *_TYPE_AND_THREADS],
-    "slim_write_cache": [c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 3, c_int, c_int],
+    "slim_write_cache": [c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 3, *[c_int] * 3],
     "slim_gumbel": [*[c_void_p] * 4, c_int64, c_int64, c_int],
     "slim_argmax": [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int],
     "slim_quantized_linear": [c_void_p],
@@ -107,31 +107,8 @@ class NativeUnavailable(Exception):
     """Why this machine runs the torch reference instead."""
 
 
-def _openmp_parallel() -> int:
-    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch has loaded.
-
-    A second runtime would bring a second team of threads that fights the first for the cores.
-    """
-    folder = Path(torch.__file__).parent
-    mapped = {line.split(maxsplit=5)[5].strip() for line in _memory_maps() if line.count("/") and "omp" in line}
-    found = [path for path in sorted(mapped) if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))]
-    found.sort(key=lambda path: folder not in Path(path).parents)
-    for path in found:
-        runtime = ctypes.CDLL(path)
-        if hasattr(runtime, "GOMP_parallel"):
-            return ctypes.cast(runtime.GOMP_parallel, c_void_p).value or 0
-    raise NativeUnavailable("no OpenMP runtime of torch's to share")
-
-
-def _memory_maps() -> list[str]:
-    try:
-        return Path("/proc/self/maps").read_text().splitlines()
-    except OSError as error:
-        raise NativeUnavailable("the process cannot see its own memory map") from error
-
-
 def load_library() -> ctypes.CDLL:
-    """The library with every function's types set, on torch's team of threads. Raises NativeUnavailable."""
+    """The library with every function's types set. Raises NativeUnavailable."""
     spec = importlib.util.find_spec("engines.kernels.native._kernels")
     if spec is None or spec.origin is None:
         raise NativeUnavailable("the library was not built (no C compiler when the package was installed)")
@@ -142,8 +119,10 @@ def load_library() -> ctypes.CDLL:
             function.argtypes = [c_void_p, *arguments]
             function.restype = c_int64 if name.endswith(("width", "workspace", "quantized_linear")) else None
         library.slim_kernels.argtypes, library.slim_kernels.restype = [c_char_p], c_void_p
-        library.slim_share_threads.argtypes, library.slim_share_threads.restype = [c_void_p], None
+        library.slim_tape_begin.argtypes, library.slim_tape_begin.restype = [c_int], c_void_p
+        library.slim_tape_end.argtypes, library.slim_tape_end.restype = [], c_int64
+        library.slim_tape_free.argtypes, library.slim_tape_free.restype = [c_void_p], None
+        library.slim_tape_run.argtypes, library.slim_tape_run.restype = [c_void_p, c_int], None
     except (OSError, AttributeError) as error:
         raise NativeUnavailable("the library does not load: it was built for another machine or version") from error
-    library.slim_share_threads(_openmp_parallel())
     return library

@@ -28,7 +28,7 @@ typedef struct {
 } RoundedRows;
 
 typedef struct {
-    const QuantizedCall *call;
+    QuantizedCall call;
     RoundedRows rows;
     int64_t blocks, tiles;
 } QuantizedPlan;
@@ -126,7 +126,7 @@ INLINE int32_t round_block(const float *features, int64_t count, float scale, in
 INLINE void round_row(const QuantizedPlan *shared, int64_t row, int worker) {
     /* Copies: the bytes written below could be part of anything that a pointer leads to. */
     const QuantizedPlan plan = *shared;
-    const QuantizedCall call = *plan.call;
+    const QuantizedCall call = plan.call;
     float *features = plan.rows.features + worker * call.depth;
     int8_t *rounded = plan.rows.rounded + worker * call.depth;
     float fault = call.type == BFLOAT16 ? take_features(BFLOAT16, &call, row, features)
@@ -153,8 +153,8 @@ INLINE int64_t rows_per_round_task(int64_t width) {
 
 static void round_rows(const void *context, int64_t item, int worker) {
     const QuantizedPlan *plan = context;
-    int64_t group = rows_per_round_task(plan->call->width);
-    for (int64_t row = item * group; row < (item + 1) * group && row < plan->call->rows; row++) round_row(plan, row, worker);
+    int64_t group = rows_per_round_task(plan->call.width);
+    for (int64_t row = item * group; row < (item + 1) * group && row < plan->call.rows; row++) round_row(plan, row, worker);
 }
 
 INLINE vec load_scale(const QuantizedCall *call, const void *array, int64_t index) {
@@ -174,7 +174,7 @@ INLINE void multiply_words(const int rows, const int32_t *words, ivec low_codes,
 /* out (rows, PANEL_WIDTH) = one tile of rounded rows . one panel. */
 INLINE void quantized_tile(const int rows, const int halves, const int shifted, const QuantizedPlan *plan, int64_t tile,
                            int64_t panel, float *out) {
-    const QuantizedCall *call = plan->call;
+    const QuantizedCall *call = &plan->call;
     const int64_t block = call->block, groups = call->depth / call->group, per_code = halves ? 2 : 1;
     const uint8_t *codes = call->codes + panel * (call->depth * PANEL_WIDTH / per_code);
     const int32_t *words = plan->rows.words + tile * (call->depth / 4) * QUANTIZED_ROWS * DOT_WORDS;
@@ -247,7 +247,7 @@ DEFINE_TILES(half_tile, 1, 0)
 DEFINE_TILES(half_tile_shifted, 1, 1)
 
 static void multiply_codes(int rows, const QuantizedPlan *plan, int64_t tile, int64_t panel, float *out) {
-    const QuantizedCall *call = plan->call;
+    const QuantizedCall *call = &plan->call;
     if (call->halves && call->offset) half_tile_shifted(rows, plan, tile, panel, out);
     else if (call->halves) half_tile(rows, plan, tile, panel, out);
     else if (call->offset) byte_tile_shifted(rows, plan, tile, panel, out);
@@ -280,7 +280,7 @@ INLINE void finish_tile(int type, const QuantizedCall *call, int64_t first_row, 
 static void multiply_quantized(const void *context, int64_t item, int worker) {
     (void)worker;
     const QuantizedPlan *plan = context;
-    const QuantizedCall *call = plan->call;
+    const QuantizedCall *call = &plan->call;
     const int64_t width = call->gated ? call->columns / 2 : call->columns;
     const int64_t panels = (width + PANEL_WIDTH - 1) / PANEL_WIDTH, panel = item % panels;
     const int64_t first_tile = item / panels * BLOCK_TILES;
@@ -297,13 +297,13 @@ static void multiply_quantized(const void *context, int64_t item, int worker) {
 }
 
 static int64_t quantized_linear(const QuantizedCall *call) {
-    QuantizedPlan plan = {.call = call, .blocks = call->depth / call->block, .tiles = quantized_tiles(call->rows)};
+    QuantizedPlan plan = {.call = *call, .blocks = call->depth / call->block, .tiles = quantized_tiles(call->rows)};
     const int64_t needed = lay_out_rows(call, call->workspace, &plan.rows);
     if (needed > call->workspace_bytes) return needed;
     const int64_t width = call->gated ? call->columns / 2 : call->columns;
     const int64_t panels = (width + PANEL_WIDTH - 1) / PANEL_WIDTH, group = rows_per_round_task(call->width);
-    slim_parallel_for((call->rows + group - 1) / group, call->threads, round_rows, &plan);
-    slim_parallel_for((plan.tiles + BLOCK_TILES - 1) / BLOCK_TILES * panels, call->threads, multiply_quantized, &plan);
+    slim_parallel_for((call->rows + group - 1) / group, call->threads, round_rows, &plan, sizeof(plan));
+    slim_parallel_for((plan.tiles + BLOCK_TILES - 1) / BLOCK_TILES * panels, call->threads, multiply_quantized, &plan, sizeof(plan));
     return 0;
 }
 

@@ -61,7 +61,7 @@ static void gumbel_task(const void *context, int64_t item, int worker) {
 
 static void gumbel(const GumbelCall *call) {
     int64_t groups = (call->vocab + 3) / 4, tasks = (groups + TASK_COUNTERS - 1) / TASK_COUNTERS;
-    slim_parallel_for(call->rows * tasks, call->threads, gumbel_task, call);
+    slim_parallel_for(call->rows * tasks, call->threads, gumbel_task, call, sizeof(*call));
 }
 
 /* The first of the largest values; 0 where all are not numbers. */
@@ -92,7 +92,7 @@ static void argmax_row(const void *context, int64_t row, int worker) {
 }
 
 static void argmax(const ArgmaxCall *call) {
-    slim_parallel_for(call->rows, call->threads, argmax_row, call);
+    slim_parallel_for(call->rows, call->threads, argmax_row, call, sizeof(*call));
 }
 
 #endif

@@ -12,7 +12,7 @@ from server.api.routes import create_api
 from server.api.state import ApiSettings
 from server.errors import EngineUnavailable, Overloaded
 from server.requests import Reply
-from tests.unit.api.harness import Connection, ScriptedDispatcher, make_state, run, until
+from tests.unit.api.harness import Connection, Now, ScriptedDispatcher, make_state, run, until
 
 BODY = {"model": "tiny", "prompt": "x", "stream": True, "max_tokens": 100}
 
@@ -105,6 +105,40 @@ def test_error_in_mid_stream_is_one_event_and_no_done(manifest: Manifest) -> Non
             }
         }
         assert "[DONE]" not in stream.text
+
+    run(main())
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_that_asks_is_told_how_it_was_served(manifest: Manifest, path: str, usage: bool) -> None:
+    async def main() -> None:
+        dispatcher, now = ScriptedDispatcher(), Now(10.0)
+        state = make_state(manifest, dispatcher, clock=now)
+        prompt = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
+        options = {"include_timings": True, "include_usage": usage}
+        stream = Connection(
+            create_api(state), path, {"model": "tiny", "stream": True, "stream_options": options} | prompt
+        )
+        await until(lambda: dispatcher.replies)
+        (reply,) = dispatcher.replies
+        reply.queue_seconds = 0.25
+        for index, rows in enumerate((2, 4, 3)):
+            reply.deliver(0, index, [97], "length" if index == 2 else "", now=11.0 + index)
+            reply.took_part(rows)
+        now.seconds = 14.0
+        await stream.task
+        *others, last = parsed(stream)
+        assert all("timings" not in chunk for chunk in others)  # type: ignore[operator]
+        assert last["choices"] == []  # type: ignore[index]
+        assert ("usage" in last) is usage  # type: ignore[operator]
+        assert last["timings"] == {  # type: ignore[index]
+            "queue_ms": 250.0,
+            "ttft_ms": 1000.0,
+            "total_ms": 4000.0,
+            "batch_mean": 3.0,
+            "batch_max": 4,
+        }
 
     run(main())
 

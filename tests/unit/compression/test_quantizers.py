@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compression.quantize import gptq
 from compression.quantize.base import LayerInputs, Scheme
 from compression.quantize.gptq import Gptq, inverse_factor
 from compression.quantize.rounding import RoundToNearest
@@ -63,6 +64,20 @@ def test_gptq_beats_rounding_on_the_layers_output() -> None:
     inputs = seen(x)
     plain = error(RoundToNearest().quantize(w, inputs, INT4), w, x)
     assert error(Gptq().quantize(w, inputs, INT4), w, x) < 0.5 * plain
+
+
+def test_scales_are_fitted_to_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = correlated(400, 64), weight()
+    fitted = Gptq().quantize(w, seen(x), INT4)
+    assert torch.equal(fitted.scale, fitted.scale.bfloat16().float())
+    monkeypatch.setattr(gptq, "fit_scale", lambda weight, base, scale, hessian, damping: scale)
+    assert error(fitted, w, x) < 0.9 * error(Gptq().quantize(w, seen(x), INT4), w, x)
+
+
+def test_a_scale_that_would_turn_around_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = correlated(400, 64), weight()
+    monkeypatch.setattr(gptq, "fit_scale", lambda weight, base, scale, hessian, damping: -scale)
+    assert bool((Gptq().quantize(w, seen(x), INT4).scale > 0).all())
 
 
 def test_gptq_leaves_the_weight_and_the_hessian_as_they_are() -> None:

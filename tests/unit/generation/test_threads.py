@@ -90,7 +90,16 @@ def test_more_threads_are_not_tried_in_a_long_step() -> None:
     machine = Machine(busy)
     governor = ThreadGovernor(2, *machine.choose(2), machine.clock)
     assert set(machine.govern(governor, 50, tokens=500)) == {1}
-    assert 2 in machine.govern(governor, 1)
+    assert 2 in machine.govern(governor, 2)
+
+
+def test_steps_of_one_size_decide_nothing_for_those_of_another() -> None:
+    """One token gains nothing by a second thread, thirty gain nearly a factor of 2."""
+    machine = Machine(lambda tokens, threads: 0.01 + (0 if tokens == 1 else 0.02 / threads))
+    governor = ThreadGovernor(2, 1, StepCost(0.01, 0.0007), machine.clock)
+    assert machine.govern(governor, 100, tokens=1).count(2) <= 3
+    assert set(machine.govern(governor, 50, tokens=30)[1:]) == {2}
+    assert machine.govern(governor, 50, tokens=1).count(2) <= 1
 
 
 def test_candidates() -> None:

@@ -29,7 +29,7 @@ def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "native", None)
 
 
-def test_the_library_shares_torchs_openmp_runtime() -> None:
+def test_the_library_brings_no_openmp_runtime_beside_torchs() -> None:
     done = subprocess.run([sys.executable, "-c", FIND_RUNTIMES], capture_output=True, text=True, check=True)
     variant, runtimes = done.stdout.split()
     if variant == "None":

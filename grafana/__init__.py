@@ -1,0 +1,1 @@
+"""Dashboards, alert rules, and the checks that run both against a real Prometheus."""
