@@ -132,11 +132,15 @@ def matrix_bytes(matrix: Matrix) -> int:
 def take_rows(matrix: QuantizedMatrix, rows: torch.Tensor) -> QuantizedMatrix:
     """The matrix of some rows alone: (R,) int64 numbers of rows, in any order."""
     if isinstance(matrix, CodebookMatrix):
-        scale = None if matrix.scale is None else matrix.scale[rows]
-        return replace(matrix, codes=matrix.codes[rows], codebook=matrix.codebook[rows], scale=scale)
+        codes, codebook = matrix.codes.index_select(0, rows), matrix.codebook.index_select(0, rows)
+        scale = None if matrix.scale is None else matrix.scale.index_select(0, rows)
+        return replace(matrix, codes=codes, codebook=codebook, scale=scale)
     if isinstance(matrix, IntegerMatrix):
-        offset = None if matrix.offset is None else matrix.offset[rows]
-        return replace(matrix, codes=matrix.codes[rows], scale=matrix.scale[rows], offset=offset)
+        # On the CPU ``codes[rows]`` wakes torch's threads for a few kilobytes, which takes a hundred times as long, and
+        # then they wait for more on cores that others need.
+        codes, scale = matrix.codes.index_select(0, rows), matrix.scale.index_select(0, rows)
+        offset = None if matrix.offset is None else matrix.offset.index_select(0, rows)
+        return replace(matrix, codes=codes, scale=scale, offset=offset)
     # A scale for each row: those taken need not be neighbours.
     return replace(
         matrix, codes=matrix.codes[rows], scale=matrix.scale[rows // matrix.block[0]], block=(1, matrix.block[1])

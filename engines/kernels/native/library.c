@@ -11,7 +11,7 @@
 
 #define CACHE_LINE 64
 #define PATIENT_LOOKS 2000 /* at what other threads do, before the core is offered to somebody else */
-#define SHARES 8           /* a thread takes its part of a phase in about so many pieces, fewer where items are few */
+#define SHARES 3           /* a thread takes one of so many parts of what would be its share of the items left */
 #define MOST_HELPERS 255
 
 /* One loop of independent items. A phase begins when all items of the one before it are done. */
@@ -56,13 +56,19 @@ static void relax(int looks) {
 #endif
 }
 
-/* First of up to ``piece`` items that the caller has to do; negative where there are none left for it. */
-static int64_t take_items(Progress *progress, uint32_t number, int64_t items, int64_t piece) {
+/* Takes items that the caller has to do, from ``*first`` on: many while many are left, in the end one by one. Returns
+ * how many. */
+static int64_t take_items(Progress *progress, uint32_t number, int64_t items, int threads, int64_t *first) {
     uint64_t next = __atomic_load_n(&progress->next, __ATOMIC_ACQUIRE);
+    int64_t count;
     do {
-        if ((uint32_t)(next >> 32) != number || (int64_t)(uint32_t)next >= items) return -1;
-    } while (!__atomic_compare_exchange_n(&progress->next, &next, next + (uint64_t)piece, 1, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
-    return (int64_t)(uint32_t)next;
+        const int64_t left = items - (int64_t)(uint32_t)next;
+        if ((uint32_t)(next >> 32) != number || left <= 0) return 0;
+        count = left / ((int64_t)threads * SHARES);
+        if (count == 0) count = 1;
+    } while (!__atomic_compare_exchange_n(&progress->next, &next, next + (uint64_t)count, 1, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
+    *first = (int64_t)(uint32_t)next;
+    return count;
 }
 
 static int is_over(uint32_t number) {
@@ -73,13 +79,11 @@ static void take_part(const Run *run, uint32_t number, int worker) {
     for (int64_t at = 0; at < run->count; at++) {
         const Phase *phase = &run->phases[at];
         Progress *progress = &run->progress[at];
-        const int64_t items = phase->items, pieces = (int64_t)run->threads * SHARES;
-        const int64_t piece = items > pieces ? items / pieces : 1;
-        int64_t first;
-        while ((first = take_items(progress, number, items, piece)) >= 0) {
-            const int64_t last = first + piece < items ? first + piece : items;
-            for (int64_t item = first; item < last; item++) phase->body(phase->context, item, worker);
-            __atomic_fetch_add(&progress->done, last - first, __ATOMIC_RELEASE);
+        const int64_t items = phase->items;
+        int64_t first, count;
+        while ((count = take_items(progress, number, items, run->threads, &first)) > 0) {
+            for (int64_t item = first; item < first + count; item++) phase->body(phase->context, item, worker);
+            __atomic_fetch_add(&progress->done, count, __ATOMIC_RELEASE);
         }
         for (int looks = 0; __atomic_load_n(&progress->done, __ATOMIC_ACQUIRE) < items; looks++) {
             if (is_over(number)) return;
