@@ -45,12 +45,9 @@ def block_bytes(layout: KvLayout, block_size: int, dtype: torch.dtype) -> int:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """On the CPU, pages that the system zeroes when they are first written: to touch them now takes 1 s for each GB.
 
-    They are reserved once, all the same, and resident memory never grows beyond them. Huge ones where there are some:
-    a step reads so much KV that small pages' addresses would be looked up anew in every step.
+    They are reserved once, all the same, and resident memory never grows beyond them.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
