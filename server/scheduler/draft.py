@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from engines.protocol import Admit, Capacity, Row, StepPlan
 from server.scheduler.budget import StepBudget
@@ -52,7 +53,9 @@ class Draft:
             step=step,
             engine=name,
             admits=tuple(self.admits),
-            rows=(*self.decodes, *self.chunks),
+            # Longest first: attention of many rows starts their programs in this order, and a long one that starts last
+            # would run alone.
+            rows=(*sorted(self.decodes, key=attrgetter("start"), reverse=True), *self.chunks),
             graph_rows=self._graph_rows,
             graph_tokens=self._graph_tokens,
         )

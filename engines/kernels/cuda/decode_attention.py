@@ -19,7 +19,7 @@ import triton
 
 from engines.kernels.cuda.attention import LOG2_E
 from engines.kernels.cuda.decode_kernel import decode_kernel
-from engines.kernels.cuda.device import processors, starts_early
+from engines.kernels.cuda.device import machine_at, processors, starts_early
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.cuda.scratch import counters
 from engines.kernels.reference import AttentionBatch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR = 2
 """As many are resident at once, by the registers that their tiles in flight take."""
+FP8_STAGES = 4
 COMBINED = 16
 """Splits whose sums are loaded at once when a row is put together."""
 EARLY_ROWS = 32
@@ -43,7 +44,13 @@ class DecodeTile:
 
     keys: int
     warps: int
+    stages: int = 0
+    """Tiles on their way at once through shared memory; 0: the next one, through registers."""
 
+
+STAGED = DecodeTile(64, 4, stages=2)
+PROGRAM_SHARED = 8 << 10
+"""Bytes that a program takes beside its tiles."""
 
 _decode = Launcher(decode_kernel)
 
@@ -53,14 +60,18 @@ def choose_splits(rows: int, kv_heads: int, longest_context: int, resident: int,
     return max(1, min(resident // (rows * kv_heads), -(-longest_context // tile_keys), MAX_SPLITS))
 
 
-def choose_tile(head_dim: int, pairs: int, processors: int) -> DecodeTile:
+def choose_tile(head_dim: int, pairs: int, processors: int, shared_memory: int, itemsize: int) -> DecodeTile:
     """Tiles whose keys and values, twice, fit in registers; ``pairs`` are rows times key/value heads.
 
-    Where there are more pairs than programs of four warps fit on the device, smaller ones are all resident at once.
+    Where there are more pairs than such programs fit on the device, tiles wait in shared memory, of which a
+    multiprocessor has ``shared_memory`` bytes, if that is enough; else programs are small and all resident at once.
     """
     if head_dim > 128:
         return DecodeTile(32, 4)
-    return DecodeTile(32, 2) if pairs > PROGRAMS_PER_PROCESSOR * processors else DecodeTile(64, 4)
+    if pairs <= PROGRAMS_PER_PROCESSOR * processors:
+        return DecodeTile(64, 4)
+    staged = STAGED.stages * 2 * STAGED.keys * triton.next_power_of_2(head_dim) * itemsize
+    return STAGED if PROGRAMS_PER_PROCESSOR * (staged + PROGRAM_SHARED) <= shared_memory else DecodeTile(32, 2)
 
 
 def choose_fp8_tile(head_dim: int, pairs: int, processors: int, queries: int) -> DecodeTile:
@@ -69,7 +80,7 @@ def choose_fp8_tile(head_dim: int, pairs: int, processors: int, queries: int) ->
     A thread brings no more than 16 numbers of the new token into fp8: with 32 of them Triton 3.6's assembler crashes.
     """
     warps = max(4, queries * triton.next_power_of_2(head_dim) // 512)
-    return DecodeTile(32 if pairs > PROGRAMS_PER_PROCESSOR * processors else 64, warps)
+    return DecodeTile(32 if pairs > PROGRAMS_PER_PROCESSOR * processors else 64, warps, FP8_STAGES)
 
 
 def attend_fused(
@@ -135,7 +146,13 @@ def _launch(
     group, device = call.heads // kv_heads, queries.device
     tile_m = max(16, triton.next_power_of_2(group))
     pairs, units = rows * kv_heads, processors(device)
-    tile = tile or (choose_fp8_tile(width, pairs, units, tile_m) if scales else choose_tile(width, pairs, units))
+    if tile is None:
+        machine = machine_at(device)
+        shared_memory = 0 if machine is None else machine.shared_memory
+        if scales:
+            tile = choose_fp8_tile(width, pairs, units, tile_m)
+        else:
+            tile = choose_tile(width, pairs, units, shared_memory, keys.element_size())
     resident = PROGRAMS_PER_PROCESSOR * units
     splits = splits or choose_splits(rows, kv_heads, batch.longest_context, resident, tile.keys)
     partials = logs = arrivals = output
@@ -190,6 +207,7 @@ def _launch(
             line is not None,
             call.early,
             bool(scales),
+            tile.stages,
         ),
         warps=tile.warps,
         stages=1,

@@ -10,9 +10,6 @@ from engines.kernels.cuda.decode_splits import store_row, used_splits
 from engines.kernels.cuda.decode_start import start_fused
 from engines.kernels.cuda.fp8 import as_float16, head_scales, row_sizes
 
-NARROW_STAGES = tl.constexpr(4)
-"""Tiles of an fp8 cache on their way at once."""
-
 
 @triton.jit
 def _read_row(context_lengths, query_starts, row, FUSED: tl.constexpr):
@@ -56,7 +53,7 @@ def _attend_tile(q, k, v, present, scale, best, total, sums):
 
 
 @triton.jit
-def _attend_narrow(
+def _attend_staged(
     q,
     keys,
     values,
@@ -73,19 +70,22 @@ def _attend_narrow(
     DIM_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """The program's tiles of an fp8 cache. They wait in shared memory: in registers each byte would take a whole one.
+    """The program's tiles, which wait in shared memory: those of an fp8 cache would take a register for each byte.
 
-    q and the weights are float16.
+    With SCALED q and the weights become float16.
     """
-    sizes = row_sizes(q)
-    narrow, row_scale = as_float16(q, sizes), (scale * sizes)[:, None]
-    for begin in tl.range(first, cached, step, num_stages=NARROW_STAGES):
+    if SCALED:
+        sizes = row_sizes(q)
+        q, scale = as_float16(q, sizes), (scale * sizes)[:, None]
+    for begin in tl.range(first, cached, step, num_stages=STAGES):
         place = begin + tl.arange(0, TILE_N)
         present = place < cached
         ids = tl.load(table + place // BLOCK_SIZE, mask=present, other=0)
         k, v = _load_tile(keys, values, ids, place, present, slot_stride, DIM, DIM_BLOCK, BLOCK_SIZE)
-        best, total, sums = _attend_tile(narrow, k, v, present, row_scale, best, total, sums)
+        best, total, sums = _attend_tile(q, k, v, present, scale, best, total, sums)
     return best, total, sums
 
 
@@ -132,6 +132,7 @@ def decode_kernel(
     TABLE_ROWS: tl.constexpr,
     EARLY: tl.constexpr,
     SCALED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Grid (splits, kv heads, rows).
 
@@ -140,6 +141,7 @@ def decode_kernel(
     With EARLY, lengths and tables are read before the former kernel ends: a kernel launched without stands between.
     Without FUSED nothing of what the former kernel writes is read: it is waited for at the end only.
     With SCALED keys and values are fp8, and ``scales`` has one for each key head, then one for each value head.
+    STAGES: tiles on their way at once through shared memory; 0: the next one, through registers.
     """
     if EARLY:
         tl_cuda.gdc_launch_dependents()
@@ -206,8 +208,8 @@ def decode_kernel(
         total = tl.zeros((TILE_M,), tl.float32)
         sums = tl.zeros((TILE_M, DIM_BLOCK), tl.float32)
 
-    if SCALED:
-        best, total, sums = _attend_narrow(
+    if STAGES > 0:
+        best, total, sums = _attend_staged(
             q,
             keys,
             values,
@@ -224,6 +226,8 @@ def decode_kernel(
             DIM_BLOCK,
             BLOCK_SIZE,
             TILE_N,
+            STAGES,
+            SCALED,
         )
     else:
         for begin in range(first, cached, step):

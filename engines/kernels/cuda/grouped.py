@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from engines.kernels.cuda.hopper_grouped import GroupedTile
     from engines.kernels.experts import Stacks
 
-FEWEST_TOKENS: float = float("inf")
-"""From which on this is faster than the kernels of ``experts``."""
+FEWEST_TOKENS = 257
+"""From which on this is faster than the kernels of ``experts``: up to 256 they find their pairs themselves."""
 
 
 @triton.jit

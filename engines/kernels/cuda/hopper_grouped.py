@@ -49,7 +49,7 @@ class GroupedTile:
     """Steps that the second group begins later; less than the stages."""
 
 
-GATE_UP, DOWN = GroupedTile(stages=4, band=16, lag=1), GroupedTile(stages=4, band=16, lag=1)
+GATE_UP, DOWN = GroupedTile(stages=4, band=16, lag=1), GroupedTile(stages=3, band=16, lag=1)
 """What is used where nothing else is asked for."""
 
 

@@ -180,11 +180,13 @@ def attend_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE_N: tl.constexpr,
     INDIRECT: tl.constexpr,
+    WHOLE: tl.constexpr,
     EARLY: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """Grid (splits, rows, tiles of heads). Rows that have not exactly one query are left out.
 
+    WHOLE: there is one split, whose result, (rows, heads, rank) in the queries' type, goes to ``partials``.
     With EARLY, lengths and tables are read before the former kernel ends: a kernel launched without stands between.
     With SCALED the cache is fp8: its scales go to the queries and to the sums, which loses no bit.
     """
@@ -223,10 +225,14 @@ def attend_kernel(
     best = tl.full((HEADS_BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS_BLOCK,), tl.float32)
     sums = tl.zeros((RANK_BLOCK, HEADS_BLOCK), tl.float32)
+    lane = tl.arange(0, TILE_N)
+    # One tile ahead: the loads of a tile would wait for its block ids, and what follows for both.
+    next_block = tl.load(table + (begin + lane) // BLOCK_SIZE, mask=begin + lane < end, other=0)
     for first in tl.range(begin, end, TILE_N):
-        place = first + tl.arange(0, TILE_N)
+        place = first + lane
         present = (place < end)[:, None]
-        block = tl.load(table + place // BLOCK_SIZE, mask=place < end, other=0).to(tl.int64)
+        block = next_block.to(tl.int64)
+        next_block = tl.load(table + (place + TILE_N) // BLOCK_SIZE, mask=place + TILE_N < end, other=0)
         # What lies behind a row's end may be anything, NaN too: it is never loaded.
         key = cache + (block * BLOCK_SIZE + place % BLOCK_SIZE)[:, None] * (RANK + ROPE)
         k = tl.load(key + dims[None, :], mask=present & is_dim, other=0.0).to(q.dtype)
@@ -247,8 +253,10 @@ def attend_kernel(
     result = sums / total[None, :]
     if SCALED:
         result *= latent_scale
-    tl.store(partials + entry[:, None] * RANK + dims[None, :], tl.trans(result), mask=mask)
-    tl.store(partial_logs + entry, best + tl.log2(total), mask=head < HEADS)
+    target = partials + entry[:, None] * RANK + dims[None, :]
+    tl.store(target, tl.trans(result).to(partials.dtype.element_ty), mask=mask)
+    if not WHOLE:
+        tl.store(partial_logs + entry, best + tl.log2(total), mask=head < HEADS)
 
 
 @triton.jit

@@ -44,7 +44,9 @@ class _Tile:
     """Most programs that share one tile: each number of them is compiled apart."""
 
 
-FEW, MANY = _Tile(16, 128, 128, 16), _Tile(32, 64, 512, 4)
+FEW, SOME, MANY = _Tile(16, 128, 128, 16), _Tile(32, 64, 1024, 8), _Tile(64, 64, 256, 4)
+MOST_SOME = 1024
+"""Tokens."""
 
 
 @triton.jit(do_not_specialize=["tokens", "layer"])
@@ -177,7 +179,7 @@ class Routed:
 def _divide(tokens: int, width: int, experts: int) -> Division:
     """Tiles of tokens, of each of which a power of two of programs share the width."""
     few = tokens <= MOST_FEW
-    tile = FEW if few else MANY
+    tile = FEW if few else SOME if tokens <= MOST_SOME else MANY
     tiles, splits = triton.cdiv(tokens, tile.tokens), 1
     while tiles * splits * 2 <= tile.programs and splits * 2 <= min(tile.splits, width // tile.depth):
         splits *= 2

@@ -57,6 +57,17 @@ def test_decode(heads: int, kv_heads: int, width: int, normed: bool, splits: int
     assert not counters(DEVICE).arrivals.any()
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decode_through_shared_memory(splits: int) -> None:
+    step = Step(random_rows([1, 300, 17, 16, 65, 2]), random_shape(6, 2, 32, torch.float16), torch.float16)
+    tile = decode_attention.DecodeTile(16, 4, stages=3)
+    result = decode_attention.attend_fused(
+        step.qkv.to(DEVICE), step.shape, step.cache, to_device(step.batch), tile, splits
+    )
+    assert close(result, step.expected())
+    step.check_cache()
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 32), (3, 1, 40)])
 def test_chunks_beside_decodes(heads: int, kv_heads: int, width: int, fp8: bool) -> None:
