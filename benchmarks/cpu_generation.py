@@ -5,8 +5,8 @@
 Each repeat sends fresh prompts of 128 random words to one server after the other (interleaved) and takes 128
 output tokens a request, ignoring EOS, greedy, streamed; prefill counts into the time. One client process. The
 prefix cache cannot help: prompts are fresh, and reported hits are asserted to be 0. llama.cpp runs in every
-combination of Q4_1, Q8_0, Q4_0 and 1 or 2 threads; the best one at each number of streams is the peer, and those far
-from it are asked only once. Ours serves the same files, their blocks kept, and what ``--folders`` names besides.
+combination of Q4_1, F16, Q8_0, Q4_0 and 1 or 2 threads; the best one at each number of streams is the peer, and those
+far from it are asked only once. Ours serves the same files, their blocks kept, and what ``--folders`` names besides.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from engines.gguf_header import read_gguf_header
 
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 128
-LLAMA_FORMATS = ("Q4_1", "Q8_0", "Q4_0")
+LLAMA_FORMATS = ("Q4_1", "F16", "Q8_0", "Q4_0")
 OUR_SETTINGS = ("Q4_1-float32-float32", "Q4_1-float32-bfloat16", "Q8_0-float32-bfloat16", "Q4_0-float32-bfloat16")
 HOPELESS = 0.7
 """A llama.cpp server below this share of the best one's first repeat is not asked again at that number of streams."""

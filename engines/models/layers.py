@@ -16,9 +16,7 @@ from engines.kernels import (
     RmsNorm,
     Router,
     Stream,
-    dense,
     matrix_bytes,
-    take_rows,
 )
 from engines.models.batch import Batch
 from engines.models.config import MoeConfig
@@ -76,7 +74,7 @@ class Embedding:
         """(T,) int64 -> (T, hidden)."""
         if isinstance(self.table, torch.Tensor):
             return kernels.embed(token_ids, self.table)
-        return dense(take_rows(self.table, token_ids), self.dtype)
+        return kernels.embed_quantized(token_ids, self.table, self.dtype)
 
 
 class ExpertProducts:

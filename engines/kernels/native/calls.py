@@ -39,6 +39,7 @@ class Native:
         self._silu_mul = library.slim_silu_mul
         self._rope = library.slim_rope
         self._write_cache = library.slim_write_cache
+        self._embed = library.slim_embed
         self._gumbel = library.slim_gumbel
         self._quantized_linear = library.slim_quantized_linear
         self._argmax = library.slim_argmax
@@ -229,6 +230,28 @@ class Native:
             TYPE_CODES[cache.dtype],
             self._threads(),
         )
+
+    def embed(
+        self, ids: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero_point: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """(T,) int64 ids, (V, D) uint8 codes and (V, groups) float32 scales, all contiguous -> (T, D)."""
+        tokens, (lines, width) = ids.shape[0], codes.shape
+        out = self._empty((tokens, width), dtype)
+        self._embed(
+            self._table,
+            codes.data_ptr(),
+            scale.data_ptr(),
+            ids.data_ptr(),
+            out.data_ptr(),
+            lines,
+            tokens,
+            width,
+            scale.shape[1],
+            zero_point,
+            TYPE_CODES[dtype],
+            self._threads(),
+        )
+        return out
 
     def argmax(self, values: torch.Tensor) -> torch.Tensor:
         """(R, V) float32 -> (R,) int64: the first place of each row's largest value; some place if it has none."""

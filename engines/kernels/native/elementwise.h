@@ -1,4 +1,4 @@
-/* Norms, activation, rotary embedding and cache writes. Each row's result depends on that row alone. */
+/* Norms, activation, rotary embedding, cache writes and lines of the embedding. Each row's result depends on that row alone. */
 #ifndef SLIMSERVE_ELEMENTWISE_H
 #define SLIMSERVE_ELEMENTWISE_H
 
@@ -168,6 +168,38 @@ static void write_entries(const void *context, int64_t item, int worker) {
 
 static void write_cache(const CacheWriteCall *call) {
     for_row_groups(call->tokens, call->heads * call->width, call->threads, write_entries, call, sizeof(*call));
+}
+
+/* One token's line of a table of codes. An id that the table does not have gives zeros. */
+INLINE void embed_token(int type, const EmbedCall *call, int64_t token) {
+    const int64_t width = call->width, group = width / call->groups, line = call->ids[token];
+    const int known = line >= 0 && line < call->lines;
+    for (int64_t g = 0; g < call->groups; g++) {
+        const float scale = known ? call->scale[line * call->groups + g] : 0.0f;
+        for (int64_t i = 0; i < group; i += VECTOR_LANES) {
+            const int64_t at = g * group + i, count = group - i < VECTOR_LANES ? group - i : VECTOR_LANES;
+            codevec codes = {0};
+            if (known && count == VECTOR_LANES) __builtin_memcpy(&codes, call->codes + line * width + at, sizeof(codes));
+            else if (known) __builtin_memcpy(&codes, call->codes + line * width + at, (size_t)count);
+            vec values = __builtin_convertvector(__builtin_convertvector(codes, ivec) - call->zero_point, vec) * scale;
+            if (count == VECTOR_LANES) store_as(type, call->out, token * width + at, values);
+            else store_part(type, call->out, token * width + at, values, count);
+        }
+    }
+}
+
+static void embed_group(const void *context, int64_t item, int worker) {
+    (void)worker;
+    const EmbedCall *call = context;
+    const int64_t group = rows_per_task(call->width);
+    for (int64_t token = item * group; token < (item + 1) * group && token < call->tokens; token++) {
+        if (call->type == BFLOAT16) embed_token(BFLOAT16, call, token);
+        else embed_token(FLOAT32, call, token);
+    }
+}
+
+static void embed(const EmbedCall *call) {
+    for_row_groups(call->tokens, call->width, call->threads, embed_group, call, sizeof(*call));
 }
 
 #endif

@@ -71,6 +71,15 @@ typedef struct {
 } CacheWriteCall;
 
 typedef struct {
+    const uint8_t *codes; /* (lines, width) contiguous */
+    const float *scale;   /* (lines, groups) contiguous */
+    const int64_t *ids;
+    void *out; /* (tokens, width) contiguous */
+    int64_t lines, tokens, width, groups;
+    int zero_point, type, threads;
+} EmbedCall;
+
+typedef struct {
     const int64_t *seeds, *choices, *positions;
     float *out; /* (rows, vocab) contiguous */
     int64_t rows, vocab;
@@ -122,6 +131,7 @@ typedef struct {
     void (*silu_mul)(const SiluCall *call);
     void (*rope)(const RopeCall *call);
     void (*write_cache)(const CacheWriteCall *call);
+    void (*embed)(const EmbedCall *call);
     void (*gumbel)(const GumbelCall *call);
     int64_t (*quantized_linear)(const QuantizedCall *call);
     void (*argmax)(const ArgmaxCall *call);

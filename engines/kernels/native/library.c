@@ -315,6 +315,12 @@ EXPORT void slim_write_cache(const KernelTable *kernels, const void *entries, in
     kernels->write_cache(&call);
 }
 
+EXPORT void slim_embed(const KernelTable *kernels, const uint8_t *codes, const float *scale, const int64_t *ids, void *out, int64_t lines,
+                       int64_t tokens, int64_t width, int64_t groups, int zero_point, int type, int threads) {
+    EmbedCall call = {codes, scale, ids, out, lines, tokens, width, groups, zero_point, type, threads};
+    kernels->embed(&call);
+}
+
 EXPORT void slim_gumbel(const KernelTable *kernels, const int64_t *seeds, const int64_t *choices, const int64_t *positions, float *out,
                         int64_t rows, int64_t vocab, int threads) {
     GumbelCall call = {seeds, choices, positions, out, rows, vocab, threads};

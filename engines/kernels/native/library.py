@@ -96,6 +96,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "slim_silu_mul": [c_void_p, c_int64, c_void_p, c_int64, c_int64, *_TYPE_AND_THREADS],
     "slim_rope": [*[c_void_p, *[c_int64] * 3] * 2, c_void_p, c_void_p, c_int64, c_int64, c_int, *_TYPE_AND_THREADS],
     "slim_write_cache": [c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 3, *[c_int] * 3],
+    "slim_embed": [*[c_void_p] * 4, *[c_int64] * 4, *[c_int] * 3],
     "slim_gumbel": [*[c_void_p] * 4, c_int64, c_int64, c_int],
     "slim_argmax": [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int],
     "slim_quantized_linear": [c_void_p],

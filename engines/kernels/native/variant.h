@@ -18,6 +18,7 @@ const KernelTable VARIANT = {
     .silu_mul = silu_mul,
     .rope = rope,
     .write_cache = write_cache,
+    .embed = embed,
     .gumbel = gumbel,
     .quantized_linear = quantized_linear,
     .argmax = argmax,

@@ -17,6 +17,7 @@ typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t uvec __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t hvec __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint8_t codevec __attribute__((vector_size(VECTOR_BYTES / 4)));
 typedef float vec_at __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t hvec_at __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 
