@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 
 import torch
 
@@ -263,11 +260,9 @@ def main() -> None:
             if time.perf_counter() - started > arguments.seconds:
                 print(f"# stopped after {arguments.seconds:.0f} s")
                 break
-    folder = Path(os.environ.get("OUT", report.RESULTS))
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {"device": torch.cuda.get_device_name(), "commit": report.commit(), "kv_dtype": arguments.kv_dtype}
     result = {**facts, "lines": lines}
-    (folder / f"attention_speed{'_fp8' if fp8 else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
+    report.write(f"attention_speed{'_fp8' if fp8 else ''}", result, report.folder_out())
 
 
 if __name__ == "__main__":

@@ -10,22 +10,17 @@ tile that takes the least time in long steps, and from how many of it for each p
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.nn.functional import silu
 
-from benchmarks import report
+from benchmarks import kernel_checks, report
 from benchmarks.graph_times import graph_microseconds
 from engines.kernels.cuda import elementwise, hopper_gated
 from engines.kernels.cuda.hopper_gated import GatedTile
@@ -90,27 +85,6 @@ def check(tile: GatedTile) -> None:
                 output.fill_(torch.nan)
                 graph.replay()
                 assert torch.equal(output, first), f"{dtype} {rows} x {depth} -> {width}: another result in a graph"
-
-
-def right() -> list[int]:
-    """Indices of the tiles whose checks pass; prints what the others end with."""
-    command = [sys.executable, "-m", "benchmarks.gated_speed", "--check"]
-    started = [
-        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for index in range(len(TILES))
-    ]
-    passed, deadline = [], time.perf_counter() + CHECK_SECONDS
-    for index, process in enumerate(started):
-        try:
-            output = process.communicate(timeout=max(deadline - time.perf_counter(), 0.1))[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output = f"no end after {CHECK_SECONDS} s"
-        if process.returncode == 0:
-            passed.append(index)
-        else:
-            print(f"{name_of(TILES[index])}: WRONG: {output.strip()[-300:]}", flush=True)
-    return passed
 
 
 def calls_of(rows: int, width: int, depth: int, tiles: Sequence[GatedTile]) -> dict[str, Call]:
@@ -194,21 +168,8 @@ def choice(indices: list[int], all_found: Found) -> dict[str, object]:
     return {"tile": asdict(TILES[chosen]), "fewest_waves": min(enough, default=None)}
 
 
-def timed_apart(indices: list[int], seconds: float) -> int:
-    command = [sys.executable, "-m", "benchmarks.gated_speed", "--times", *map(str, indices), "--seconds", str(seconds)]
-    try:
-        return subprocess.run(command, timeout=seconds + 20).returncode
-    except subprocess.TimeoutExpired:
-        print(f"# no end {20} s after the time was over")
-        return 1
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=24, help="no shape is begun later than this after the checks")
-    parser.add_argument("--check", type=int, metavar="TILE", help="check this tile alone, by its place in the list")
-    parser.add_argument("--times", type=int, nargs="+", metavar="TILE", help="time these alone, without checks")
-    arguments = parser.parse_args()
+    arguments = kernel_checks.tile_arguments(__doc__, 24, "shape")
     if arguments.check is not None:
         check(TILES[arguments.check])
         return 0
@@ -216,14 +177,13 @@ def main() -> int:
         print(
             f"# gated layers, bf16: {torch.cuda.get_device_name()}, commit {report.commit()}; us, TFLOP/s", flush=True
         )
-        indices = right()
-        return timed_apart(indices, arguments.seconds) if indices else 1
+        names = {str(index): name_of(tile) for index, tile in enumerate(TILES)}
+        right = kernel_checks.passing("benchmarks.gated_speed", names, CHECK_SECONDS)
+        return kernel_checks.time_apart("benchmarks.gated_speed", right, arguments.seconds, grace=20)
     all_found = measure(arguments.times, arguments.seconds)
-    folder = Path(os.environ.get("OUT", report.RESULTS))
-    folder.mkdir(parents=True, exist_ok=True)
     facts: dict[str, object] = {"device": torch.cuda.get_device_name(), "commit": report.commit(), "us": all_found}
     facts |= choice(arguments.times, all_found)
-    (folder / "gated_speed.json").write_text(json.dumps(facts, indent=1) + "\n")
+    report.write("gated_speed", facts, report.folder_out())
     return 0
 
 

@@ -11,21 +11,16 @@ and from how many tokens on they are the faster way.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import kernel_checks, report
 from benchmarks.graph_times import graph_microseconds
 from engines.kernels.cuda import grouped, hopper_grouped
 from engines.kernels.cuda.expert_tuning import tiles_for
@@ -107,27 +102,6 @@ def definition(hidden: torch.Tensor, routed: Routed, layer: ExpertCase) -> torch
             product = (torch.nn.functional.silu(gate) * up) @ layer.stacks.down[expert].float().t()
             total = total.index_add(0, token, product * routed.weights[token, column].unsqueeze(1))
     return total
-
-
-def right() -> list[int]:
-    """Indices of the tiles whose checks pass; prints what the others end with."""
-    command = [sys.executable, "-m", "benchmarks.grouped_speed", "--check"]
-    started = [
-        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for index in range(len(TILES))
-    ]
-    passed, deadline = [], time.perf_counter() + CHECK_SECONDS
-    for index, process in enumerate(started):
-        try:
-            output = process.communicate(timeout=max(deadline - time.perf_counter(), 0.1))[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output = f"no end after {CHECK_SECONDS} s"
-        if process.returncode == 0:
-            passed.append(index)
-        else:
-            print(f"{name_of(TILES[index])}: WRONG: {output.strip()[-300:]}", flush=True)
-    return passed
 
 
 def name_of(tile: GroupedTile) -> str:
@@ -245,29 +219,18 @@ def measure(indices: list[int], seconds: float) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=40, help="no step is begun later than this after the checks")
-    parser.add_argument("--check", type=int, metavar="TILE", help="check this tile alone, by its place in the list")
-    parser.add_argument("--times", type=int, nargs="+", metavar="TILE", help="time these alone, without checks")
-    arguments = parser.parse_args()
+    arguments = kernel_checks.tile_arguments(__doc__, 40, "step")
     if arguments.check is not None:
         check(TILES[arguments.check])
         return 0
     if arguments.times is None:
         print(f"# experts, bf16: {torch.cuda.get_device_name()}, commit {report.commit()}; us, TFLOP/s", flush=True)
-        indices = right()
-        again = [sys.executable, "-m", "benchmarks.grouped_speed", "--seconds", str(arguments.seconds), "--times"]
-        try:
-            command = [*again, *map(str, indices)]
-            return subprocess.run(command, timeout=arguments.seconds + 30).returncode if indices else 1
-        except subprocess.TimeoutExpired:
-            print("# no end 30 s after the time was over")
-            return 1
-    folder = Path(os.environ.get("OUT", report.RESULTS))
-    folder.mkdir(parents=True, exist_ok=True)
+        names = {str(index): name_of(tile) for index, tile in enumerate(TILES)}
+        right = kernel_checks.passing("benchmarks.grouped_speed", names, CHECK_SECONDS)
+        return kernel_checks.time_apart("benchmarks.grouped_speed", right, arguments.seconds, grace=30)
     facts: dict[str, object] = {"device": torch.cuda.get_device_name(), "commit": report.commit()}
     facts |= measure(arguments.times, arguments.seconds)
-    (folder / "grouped_speed.json").write_text(json.dumps(facts, indent=1) + "\n")
+    report.write("grouped_speed", facts, report.folder_out())
     return 0
 
 

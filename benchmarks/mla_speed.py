@@ -9,11 +9,9 @@ rate at which the cache and weights are read (decode), and TFLOP/s of attention 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -149,8 +147,7 @@ def main() -> None:
             else f"{found['us']:8.1f} us  {found['flops'] / found['us'] / 1e6:.0f} TFLOP/s"
         )
         lines.append(f"prefill {rows:3} x {count:5} of {context:5}: {text}")
-    folder = Path(os.environ["OUT"]) if "OUT" in os.environ else None
-    report.write("mla_speed", {**facts, "bandwidth": bandwidth, "results": results}, folder)
+    report.write("mla_speed", {**facts, "bandwidth": bandwidth, "results": results}, report.folder_out())
     print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s; a layer's latent attention:")
     print("\n".join(lines))
 

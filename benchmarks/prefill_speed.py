@@ -16,20 +16,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import report
+from benchmarks import kernel_checks, report
 from benchmarks.attention_speed import BLOCK_SIZE, Cache, Case, Facts, Heads, make_case, queries_of, timed
 from benchmarks.model_configs import CONFIGS
 from engines.kernels.cuda import elementwise, hopper_attention, prefill_attention
@@ -156,27 +152,6 @@ def check(name: str) -> None:
                     )
 
 
-def right(names: list[str]) -> list[str]:
-    """Those whose checks pass, each in a process of its own; prints what the others end with."""
-    command = [sys.executable, "-m", "benchmarks.prefill_speed", "--check"]
-    started = {
-        name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for name in names
-    }
-    passed, deadline = [], time.perf_counter() + CHECK_SECONDS
-    for name, process in started.items():
-        try:
-            output = process.communicate(timeout=max(deadline - time.perf_counter(), 0.1))[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output = f"no end after {CHECK_SECONDS} s"
-        if process.returncode == 0:
-            passed.append(name)
-        else:
-            print(f"{name}: WRONG: {output.strip()[-300:]}", flush=True)
-    return passed
-
-
 def lines(heads: Heads, names: list[str], shapes: list[str]) -> Iterator[Facts]:
     for shape in shapes:
         rows = SHAPES[shape]
@@ -271,7 +246,8 @@ def main() -> int:
         check(arguments.check)
         return 0
     print(f"# attention of one layer, bf16: {torch.cuda.get_device_name()}, commit {report.commit()}", flush=True)
-    names = right(arguments.kernels)
+    named = {name: name for name in arguments.kernels}
+    names = kernel_checks.passing("benchmarks.prefill_speed", named, CHECK_SECONDS)
     found = measure(arguments.models, names, arguments.shapes, arguments.seconds)
     for peer in (flash2, cudnn) if arguments.kernels == list(kernels()) else ():
         try:
@@ -280,10 +256,8 @@ def main() -> int:
             )
         except RuntimeError as error:
             print(f"# {peer.__name__}: {str(error)[:200]}")
-    folder = Path(os.environ.get("OUT", report.RESULTS))
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {"device": torch.cuda.get_device_name(), "commit": report.commit(), "right": names, "lines": found}
-    (folder / "prefill_speed.json").write_text(json.dumps(facts, indent=1) + "\n")
+    report.write("prefill_speed", facts, report.folder_out())
     chosen = f"hopper {hopper_attention.KEYS} {hopper_attention.STAGES}"
     good = chosen in names and fastest_is_hopper(found)
     print(f"# hopper is {'right and the fastest' if good else 'NOT right or not the fastest everywhere'}")

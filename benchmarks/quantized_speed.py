@@ -230,7 +230,7 @@ def table(results: list[Found]) -> dict[str, dict[str, list[int] | None]]:
 
 
 def write(results: list[Found], machine: Machine, facts: dict[str, object], install: bool) -> None:
-    folder = Path(os.environ["OUT"]) if "OUT" in os.environ else report.RESULTS
+    folder = report.folder_out()
     entries = table(results)
     for place in [folder, TABLES] if install else [folder]:
         path = table_path(machine, place)

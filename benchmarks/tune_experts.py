@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -216,10 +214,10 @@ def main() -> None:
             f"{flops / times['products'] / 1e6:.0f}",
         ]
         lines.append([str(tokens), *cells, str(entries[str(bucket_of(tokens))])])
-    folder = Path(os.environ["OUT"]) if "OUT" in os.environ else None
+    folder = report.folder_out()
     report.write("tune_experts", {**facts, "bandwidth": bandwidth, "results": results, "failures": failures}, folder)
     table = {"entries": {layer_key(WIDTH, INNER, EXPERTS + SHARED): entries}}
-    places = [folder or report.RESULTS, *([TABLES] if arguments.install else [])]
+    places = [folder, *([TABLES] if arguments.install else [])]
     for place in places:
         place.mkdir(exist_ok=True)
         (place / table_name(torch.cuda.get_device_name(DEVICE))).write_text(json.dumps(table, indent=1) + "\n")

@@ -19,7 +19,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -193,7 +192,7 @@ def print_tables(results: list[Found], bandwidth: float) -> dict[str, dict[int, 
 
 
 def write(results: list[Found], machine: Machine, bandwidth: float, shares: object, install: bool) -> None:
-    folder = Path(os.environ["OUT"]) if "OUT" in os.environ else report.RESULTS
+    folder = report.folder_out()
     entries = merged(table_entries(machine, TABLES), {found.layer.shape: found.best for found in results}, machine)
     for place in [folder, TABLES] if install else [folder]:
         write_table(place, machine, entries)

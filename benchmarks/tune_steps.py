@@ -16,20 +16,19 @@ between take what is best of their neighbours'. Files go to ``$OUT`` or benchmar
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 from benchmarks import report
 from benchmarks.model_configs import CONFIGS
-from benchmarks.tune_chain import Chain, Checker, StepTimer, chain_layers, model_config, shapes_of
+from benchmarks.tune_chain import Chain, StepTimer, chain_layers, model_config, shapes_of
+from benchmarks.tune_checks import Checker
 from benchmarks.tune_compiles import Compilers, Step
 from benchmarks.tune_descent import Assignment, Timer, describe
 from benchmarks.tune_search import PATIENCE, Job, Search
@@ -132,7 +131,7 @@ class Results:
         self._machine, self._search = machine, search
         self._entries = table_entries(machine, TABLES)
         self._facts: dict[str, object] = {"device": machine.name, "commit": report.commit()}
-        self._folder = Path(os.environ["OUT"]) if "OUT" in os.environ else report.RESULTS
+        self._folder = report.folder_out()
         self._places = [self._folder, TABLES] if install else [self._folder]
 
     def write(self) -> None:

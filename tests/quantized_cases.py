@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 
 from engines.kernels import CodebookMatrix, Float8Matrix, IntegerMatrix, QuantizedMatrix
 from engines.kernels.matrices import Activations
 from engines.kernels.quantized import round_activations
+from engines.manifest import read_manifest
+from engines.models.loader import open_weights
+from engines.models.weights import FileSource, Placement
+from engines.quant.base import LinearPart
+
+FILES = Path(__file__).parent / "data" / "quantized"
+"""Folders of layers that other tools quantized."""
+CASES = sorted(path.name for path in FILES.iterdir() if path.is_dir())
 
 
 def integers(
@@ -56,6 +68,17 @@ def levels(
     scale = (torch.randn(lines, groups)).half().float().to(device) if groups else None
     codes = torch.randint(0, 2**bits, (lines, depth), dtype=torch.uint8)
     return CodebookMatrix(codes.to(device), bits, codebook.to(device), scale=scale)
+
+
+def layers_of_files(case: str, device: torch.device) -> Iterator[tuple[str, QuantizedMatrix]]:
+    """Each layer's name and its weight, 64 values deep."""
+    reader, methods = open_weights(read_manifest(FILES / case))
+    source = FileSource(Placement(device=device, dtype=torch.bfloat16), reader, lambda progress: None, total=1)
+    for name in json.loads((FILES / case / "expected.json").read_text()):
+        outputs = 32 if name.endswith(("k_proj", "v_proj")) else 64
+        matrix = methods(name).create_weights(LinearPart(name, outputs), 64, "none", source)
+        assert not isinstance(matrix, torch.Tensor)
+        yield name, matrix
 
 
 def exact_product(x: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:

@@ -8,7 +8,7 @@ whatever other rows are in the step.
 from engines.kernels.attention import GroupedQueries, grouped_query_attention, mla_attention, paged_attention
 from engines.kernels.cuda import TritonStatus, triton_status
 from engines.kernels.elementwise import rms_norm, rope_, rope_write_kv, silu_mul, write_kv, write_latent
-from engines.kernels.embedding import embed
+from engines.kernels.embedding import embed, embed_quantized
 from engines.kernels.experts import (
     PackedExperts,
     RoutedBatch,
@@ -21,16 +21,11 @@ from engines.kernels.latent_attention import LatentQueries, LatentUp, latent_att
 from engines.kernels.linear import (
     PLAIN,
     Fusion,
-    PackedLinear,
-    PackedParts,
-    PackedWeight,
     RmsNorm,
     Stream,
     add_linear,
     compose_output,
     linear,
-    pack_dense,
-    pack_linear,
 )
 from engines.kernels.matrices import (
     Activations,
@@ -45,6 +40,7 @@ from engines.kernels.matrices import (
     take_rows,
 )
 from engines.kernels.native import NativeStatus, native_status
+from engines.kernels.packing import PackedLinear, PackedParts, PackedWeight, pack_dense, pack_linear
 from engines.kernels.quantized import QuantizedLinear, pack_quantized, quantized_product
 from engines.kernels.reference import AttentionBatch
 from engines.kernels.sampling import argmax, gumbel_noise
@@ -79,6 +75,7 @@ __all__ = [
     "compose_output",
     "dense",
     "embed",
+    "embed_quantized",
     "grouped_query_attention",
     "gumbel_noise",
     "latent_attention",

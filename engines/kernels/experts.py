@@ -16,16 +16,9 @@ from torch.nn import functional
 from engines.kernels import backends, reference
 from engines.kernels.cuda.scratch import counters
 from engines.kernels.elementwise import silu_mul
-from engines.kernels.linear import (
-    SKINNY_TYPES,
-    Fusion,
-    PackedLinear,
-    PackedWeight,
-    RmsNorm,
-    linear,
-    pack_linear,
-)
+from engines.kernels.linear import SKINNY_TYPES, Fusion, RmsNorm, linear
 from engines.kernels.matrices import Matrix
+from engines.kernels.packing import PackedLinear, PackedWeight, pack_linear
 from engines.kernels.quantized_experts import QuantizedStacks, pack_stacks
 
 

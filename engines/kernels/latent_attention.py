@@ -14,7 +14,8 @@ import torch
 from engines.kernels import backends
 from engines.kernels.attention import mla_attention
 from engines.kernels.elementwise import rms_norm, rope_, write_latent
-from engines.kernels.linear import PackedLinear, linear, pack_dense
+from engines.kernels.linear import linear
+from engines.kernels.packing import PackedLinear, pack_dense
 from engines.kernels.reference import AttentionBatch
 
 MOST_EXPANDED = 32768

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,21 +17,14 @@ from engines.kernels.experts import mixture
 from tests.expert_cases import EPS, ExpertCase, Shape
 from tests.latent_cases import LatentCase, Widths
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = torch.device("cuda", 0)
 TOLERANCE = 8e-3
 FP8_TOLERANCE = 2e-2
 """A number that lies between two of e4m3 may go either way."""
 """Of ||result - definition|| / ||definition||."""
 V2_LITE = Widths(16, 128, 128, 512, 64, True)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors hold NaN, so that an output element that nobody wrote is seen."""
-    torch.manual_seed(random.randrange(1 << 30))
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def captured(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:

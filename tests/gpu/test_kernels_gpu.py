@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,19 +17,12 @@ from engines.kernels.cuda.truncation import Truncates
 from engines.models.batch import Batch
 from tests.unit.kernels.paged import PagedCache, Row
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = torch.device("cuda")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Of ||result - definition|| / ||definition||, the definition in float64."""
 TYPES = list(TOLERANCE)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors hold NaN, so that an output element that nobody wrote is seen."""
-    torch.manual_seed(random.randrange(1 << 30))
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,31 +22,20 @@ from engines.kernels.experts import mixture, pack_experts
 from engines.kernels.quantized_gpu import GpuQuantized
 from engines.manifest import read_manifest
 from engines.models.batch import Batch
-from engines.models.loader import load_model, open_weights
+from engines.models.loader import load_model
 from engines.models.model import Model
-from engines.models.weights import FileSource, Placement
 from engines.protocol import EngineSpec
-from engines.quant.base import LinearPart
 from tests.gpu.test_captured_steps_gpu import MODELS, VOCAB, run
 from tests.paged_rows import PagedRows
-from tests.quantized_cases import distance, exact_product, float8, integers, levels
+from tests.quantized_cases import CASES, distance, exact_product, float8, integers, layers_of_files, levels
 from tests.unit.generation.streams import mixed_items
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = torch.device("cuda", 0)
-FILES = Path(__file__).parent.parent / "data" / "quantized"
-CASES = sorted(path.name for path in FILES.iterdir() if path.is_dir())
 ROWS = (1, 3, 8, 13, 33, 64, 130, 300, 700)
 TOLERANCE = {"levels": 4e-3, "float8": 2e-2}
 """Of float32 results. Levels become bfloat16; a last bit of an input's scale can move its code by a step."""
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors hold NaN, so that an output element that nobody wrote is seen."""
-    torch.manual_seed(random.randrange(1 << 30))
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def matrices(lines: int, depth: int, device: torch.device = DEVICE) -> dict[str, QuantizedMatrix]:
@@ -132,12 +120,7 @@ def test_what_follows_the_product(name: str, rows: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_layers_of_files(case: str) -> None:
     """Of every format that other tools wrote."""
-    reader, methods = open_weights(read_manifest(FILES / case))
-    source = FileSource(Placement(device=DEVICE, dtype=torch.bfloat16), reader, lambda progress: None, total=1)
-    for name in json.loads((FILES / case / "expected.json").read_text()):
-        outputs = 32 if name.endswith(("k_proj", "v_proj")) else 64
-        matrix = methods(name).create_weights(LinearPart(name, outputs), 64, "none", source)
-        assert not isinstance(matrix, torch.Tensor)
+    for name, matrix in layers_of_files(case, DEVICE):
         packed = kernels.pack_linear(matrix)
         for rows in (1, 5, 80):
             x = torch.randn(rows, 64, device=DEVICE).bfloat16()

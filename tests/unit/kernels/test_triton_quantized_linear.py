@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +16,8 @@ from engines.kernels.cuda import TritonKernels
 from engines.kernels.cuda.quantized_tuning import QuantizedConfig
 from engines.kernels.linear import Stream, add_linear
 from engines.kernels.quantized_gpu import FEWEST_CODED, GpuQuantized, pack_gpu
-from engines.manifest import read_manifest
-from engines.models.loader import open_weights
-from engines.models.weights import FileSource, Placement
-from engines.quant.base import LinearPart
-from tests.quantized_cases import distance, exact_product, float8, integers, levels
+from tests.quantized_cases import CASES, distance, exact_product, float8, integers, layers_of_files, levels
 
-FILES = Path(__file__).parents[2] / "data" / "quantized"
 FEW = QuantizedConfig(block_n=16, parts=4, splits=2, warps=4, stages=2, prefetch=0, early=False)
 WIDTH = 160
 
@@ -109,14 +102,9 @@ def test_norms_are_handed_over(way: str, name: str) -> None:
     assert distance(result, exact_product(normed, reads)) < 2e-2
 
 
-@pytest.mark.parametrize("case", sorted(path.name for path in FILES.iterdir() if path.is_dir()))
+@pytest.mark.parametrize("case", CASES)
 def test_layers_of_files(case: str) -> None:
     """Of every format that other tools wrote."""
-    reader, methods = open_weights(read_manifest(FILES / case))
-    source = FileSource(Placement(device=DEVICE, dtype=torch.bfloat16), reader, lambda progress: None, total=1)
-    for name in json.loads((FILES / case / "expected.json").read_text()):
-        outputs = 32 if name.endswith(("k_proj", "v_proj")) else 64
-        matrix = methods(name).create_weights(LinearPart(name, outputs), 64, "none", source)
-        assert not isinstance(matrix, torch.Tensor)
+    for name, matrix in layers_of_files(case, DEVICE):
         x = torch.randn(3, 64, device=DEVICE).bfloat16()
         assert distance(linear(x, packed_of(matrix)), exact_product(x, matrix)) < 1.6e-2, name
