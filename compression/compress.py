@@ -5,8 +5,6 @@ What is done is kept layer by layer in a folder beside the result, so that a run
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from compression.progress import Estimate, PartReport, Parts, Report
 from compression.quantization_config import quantization_config
 from compression.recipe import Calibration, Distillation, Recipe
 from compression.record import write_record
+from compression.run_folder import STREAM, TARGET, RunFolder
 from compression.self_generated import kept_windows
 from engines.manifest import read_manifest
 from engines.models.rope import cos_sin_table
@@ -39,29 +38,7 @@ PASSES = 4
 """Over the calibration windows in each layer: two parts, each watched and then run quantized."""
 TARGET_PASSES, COMPENSATED_PASSES = 2, 2
 """More: two parts of the full layer, and of the tuned one."""
-RUN_FILE, OUTER_FILE, DISTILLING_FILE = "run.json", "outer.safetensors", "distilling.safetensors"
-STREAM, TARGET = "hidden", "full"
-"""Files of the residual stream before each layer: the compressed model's, and for compensation the full one's."""
 DEFAULT_HESSIAN_BYTES = 4 << 30
-
-
-def use_threads(threads: int | None) -> None:
-    """Compute on so many threads of the CPU; None: on as many as torch chooses."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def choose_device(wanted: str) -> str:
-    """``auto``: the GPU where there is one. Raises CompressionError for a device that is not there."""
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise CompressionError(f"unknown device {wanted[:40]!r}; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise CompressionError(f"this PyTorch ({torch.__version__}) does not find {wanted}; use --device cpu")
-    return wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +81,10 @@ class _Run:
         self.all_layers = linear_layers(self.base.config)
         self.plan: Plan = make_plan(job.recipe, self.all_layers, self.base.outer_layers(), self.dtype)
         self.config = compensated_config(self.manifest, self.base.config, job.recipe.compensation)
-        self.work = job.out.with_name(f"{job.out.name}.partial")
+        self.work = RunFolder(job.out)
         self.tokens = self._calibration_tokens(Parts(report, clock))
         self.count = self.config.layers
-        self.first = next((index for index in range(self.count) if not self._layer_file(index).exists()), self.count)
+        self.first = self.work.first_missing(self.count)
         self.ticks = self._ticks()
         total = self.ticks * (self.count + 1) + self._distilling_ticks()
         self.estimate = Estimate(report, clock, total, self.ticks * self.first)
@@ -117,23 +94,26 @@ class _Run:
         model writes is part of it."""
         recipe, wanted = self.job.recipe, self.job.recipe.calibration
         if wanted is None or not recipe.calibrates:
-            self._start_or_go_on(b"")
+            self._start(b"")
             return None
         width = min(wanted.tokens, self.manifest.max_context)
         if wanted.source == "model":
-            self._start_or_go_on(b"")
+            self._start(b"")
             tokens, source = self._written(wanted, width, report), "what the model wrote"
         else:
             path = text_source(self.job.calibration, recipe.name)
             tokens, source = text_tokens(path, self.manifest, wanted.windows, width), path.name
-            self._start_or_go_on(tokens.numpy().tobytes())
+            self._start(tokens.numpy().tobytes())
         self.plan.notes.append(f"calibrated on {tokens.shape[0]} windows of {width} tokens from {source}")
         return tokens
+
+    def _start(self, calibration: bytes) -> None:
+        self.work.start_or_go_on(msgspec.to_builtins(self.job.recipe), self.manifest.fingerprint, calibration)
 
     def _written(self, wanted: Calibration, width: int, report: PartReport) -> torch.Tensor:
         if self.job.calibration is not None:
             raise CompressionError("the recipe is calibrated on what the model writes; leave --calibration out")
-        return kept_windows(self.work, self.job.model, self.manifest, wanted, width, str(self.device), report)
+        return kept_windows(self.work.path, self.job.model, self.manifest, wanted, width, str(self.device), report)
 
     def _ticks(self) -> float:
         """Units of work in a layer: passes of a window through half of it."""
@@ -156,29 +136,6 @@ class _Run:
             return 0
         return 2 * self.count * distilling_passes(settings, self.tokens.shape[0])
 
-    def _start_or_go_on(self, calibration: bytes) -> None:
-        """Raises CompressionError if the folder of an unfinished run belongs to another one."""
-        facts = {
-            "recipe": msgspec.to_builtins(self.job.recipe),
-            "base": self.manifest.fingerprint,
-            "calibration": hashlib.sha256(calibration).hexdigest(),
-        }
-        path = self.work / RUN_FILE
-        if path.exists():
-            if json.loads(path.read_text()) != facts:
-                raise CompressionError(
-                    f"{self.work.name} holds an unfinished run with another recipe, model or calibration text; "
-                    "finish that one, or remove the folder"
-                )
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(facts))
-        partial.replace(path)
-
-    def _layer_file(self, index: int) -> Path:
-        return self.work / f"layer-{index:05}.safetensors"
-
     def layers(self) -> list[Path]:
         """Quantize all layers that are not there yet. Returns the files of all."""
         limit = 1 if self.tokens is None else self.tokens.shape[1]
@@ -193,7 +150,7 @@ class _Run:
                 self.dtype,
                 cos_sin,
                 self.tokens,
-                self.work,
+                self.work.path,
             )
         quantizer = LayerQuantizer(
             self.base.config,
@@ -223,7 +180,7 @@ class _Run:
             self.estimate.begin(f"layer {index + 1} of {self.count}")
             self._one_layer(index, quantizer, tuner, windows)
             self.estimate.reach(self.ticks * (index + 1))
-        return [self.work / OUTER_FILE, *(self._layer_file(index) for index in range(self.count))]
+        return [self.work.outer, *(self.work.layer(index) for index in range(self.count))]
 
     def _one_layer(
         self, index: int, quantizer: LayerQuantizer, tuner: BlockTuner | None, windows: list[Window]
@@ -245,22 +202,18 @@ class _Run:
                 quantizer.without_calibration(weights)
         except ValueError as error:
             raise CompressionError(f"{error}; the model cannot be compressed by this recipe") from error
-        save_tensors(self._layer_file(index), layer_tensors(weights, self.plan.layers, self.dtype), notes)
+        save_tensors(self.work.layer(index), layer_tensors(weights, self.plan.layers, self.dtype), notes)
         if windows:
-            for kind in (STREAM, TARGET):
-                self._stream_file(index, kind).unlink(missing_ok=True)
+            self.work.drop_streams(index)
 
     def _layers_of(self, index: int) -> list[LinearLayer]:
         return [layer for layer in self.all_layers if layer_index(layer.name) == index]
-
-    def _stream_file(self, index: int, kind: str) -> Path:
-        return self.work / f"{kind}-{index:05}.bin"
 
     def _stream(self, index: int, kind: str = STREAM) -> HiddenStates:
         """The residual stream before layer ``index``."""
         assert self.tokens is not None
         windows, width = self.tokens.shape
-        return HiddenStates(self._stream_file(index, kind), windows, width, self.base.config.hidden)
+        return self.work.stream(index, kind, windows, width, self.base.config.hidden)
 
     def _embed(self, windows: list[Window]) -> None:
         """The stream before the first layer. A later one was kept when the layer before it was done."""
@@ -274,7 +227,7 @@ class _Run:
 
     def _save_outer(self, quantizer: LayerQuantizer) -> None:
         """What stands around the layers: embedding, norm and head."""
-        path = self.work / OUTER_FILE
+        path = self.work.outer
         if path.exists():
             return
         weights = LayerWeights({FINAL_NORM: self.base.tensor(FINAL_NORM)})
@@ -301,20 +254,21 @@ class _Run:
             device=self.device,
         )
         folder.rename(self.job.out)
-        shutil.rmtree(self.work)
+        shutil.rmtree(self.work.path)
         return notes
 
     def _folder(self, files: list[Path]) -> Path:
         """Of model, tokenizer and config."""
-        folder = self.work / "folder"
+        folder = self.work.path / "folder"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         write_shards(files, folder)
         config = quantization_config([*self.all_layers, *self.base.outer_layers()], self.plan.layers)
         write_config(self.manifest, config, self.dtype, folder, has_mlp_bias(self.config))
         write_text(self.manifest, folder)
-        if (self.work / DECISION).exists():
-            shutil.copyfile(self.work / DECISION, folder / DECISION)
+        decision = self.work.path / DECISION
+        if decision.exists():
+            shutil.copyfile(decision, folder / DECISION)
         return folder
 
     def _distil(self, settings: Distillation, tokens: torch.Tensor, folder: Path) -> str:
@@ -330,7 +284,7 @@ class _Run:
             cos_sin_table(self.base.config.rope, tokens.shape[1], self.device),
             lambda amount: self.estimate.advance(2 * self.count * amount),
         )
-        found = distiller.run(self.work / DISTILLING_FILE)
+        found = distiller.run(self.work.distilling)
         if found.won:
             write_scales(compressed.manifest.files, distiller.scales())
         return found.note()

@@ -1,7 +1,8 @@
 """The search for input scales: AWQ (Lin et al., arXiv 2306.00978) and SmoothQuant (Xiao et al., arXiv 2211.10438).
 
-Both multiply weights by a power of their inputs' size before rounding. The power is the one with which the layers'
-outputs, inputs rounded as their format says, come out nearest to the unrounded ones on a sample of inputs.
+Both multiply weights by a power p of their inputs' size before rounding, and divide them by the power 1 - p of their
+own size, so that channels that are large already are not made larger. p is the power with which the layers' outputs,
+inputs rounded as their format says, come out nearest to the unrounded ones on a sample of inputs.
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ def find_scale(
     if not seen:
         return None
     size = _input_size(list(seen.values()), rule)
-    against = torch.ones_like(size)
-    if rule == "smoothquant":
-        against = torch.stack([weights.tensors[f"{name}.weight"].abs().amax(0) for name in readers]).amax(0)
+    against = _weight_size({name: weights.tensors[f"{name}.weight"] for name in readers}, plan, rule)
     best, least = None, float("inf")
     for power in POWERS:
         scale = _even_rows(_normalised(size.pow(power) / against.clamp(min=1e-5).pow(1 - power if power else 0)), fold)
@@ -58,6 +57,20 @@ def _input_size(seen: list[LayerInputs], rule: Literal["awq", "smoothquant"]) ->
     total = sum(inputs.tokens for inputs in distinct)
     mean = torch.stack([inputs.mean_abs * (inputs.tokens / total) for inputs in distinct]).sum(0)
     return mean.clamp(min=1e-5)
+
+
+def _weight_size(
+    readers: Mapping[str, torch.Tensor], plan: Mapping[str, LayerPlan], rule: Literal["awq", "smoothquant"]
+) -> torch.Tensor:
+    """(in,): each channel's largest weight; for AWQ the mean of its weights, each a share of its group's largest, which
+    is what rounding leaves of them."""
+    if rule == "smoothquant":
+        return torch.stack([weight.abs().amax(0) for weight in readers.values()]).amax(0)
+    sums = []
+    for name, weight in readers.items():
+        groups = by_group(weight.abs(), plan[name].scheme)
+        sums.append((groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)).view(weight.shape).sum(0))
+    return torch.stack(sums).sum(0) / sum(weight.shape[0] for weight in readers.values())
 
 
 def _normalised(scale: torch.Tensor) -> torch.Tensor:

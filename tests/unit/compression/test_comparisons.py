@@ -18,18 +18,8 @@ from compression.compress import Job, compress
 from compression.plan import linear_layers
 from compression.recipe import load_recipe, parse_recipe, preset_names
 from engines.manifest import read_manifest
-from tests.unit.api.harness import write_model
-from tests.unit.compression.test_compress import difference
-from tests.unit.models.checkpoints import CPU, write_checkpoint
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    write_model(folder)
-    config = json.loads((folder / "config.json").read_text())
-    write_checkpoint(folder, {**config, "num_hidden_layers": 2, "tie_word_embeddings": False})
-    return folder
+from tests.unit.compression.jobs import difference
+from tests.unit.models.checkpoints import CPU
 
 
 def compressed(base: Path, preset: str) -> Path:

@@ -1,92 +1,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from compression import compress as module
-from compression.compress import Job, compress
+from compression.compress import Job
 from compression.errors import CompressionError
-from compression.export import save_tensors
 from compression.progress import Progress
-from compression.recipe import Recipe
 from engines.engine_folder import read_engine_record
-from engines.manifest import read_manifest
-from tests.unit.api.harness import write_model
+from tests.unit.compression.jobs import GPTQ, INT8, TEXT, difference, job, run, write_checkpoint_of
 from tests.unit.compression.recipes import recipe
-from tests.unit.models.checkpoints import DEEPSEEK_V2, load, write_checkpoint
-
-TEXT = "The quick brown fox jumps over the lazy dog while seven wizards brew a potion.\n" * 60
-INT8 = recipe({"bits": 8})
-GPTQ = recipe(
-    {"bits": 4, "group_size": 16, "method": "gptq"}, scaling={"rule": "awq"}, calibration={"windows": 4, "tokens": 32}
-)
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    write_model(folder)
-    config = json.loads((folder / "config.json").read_text())
-    write_checkpoint(folder, {**config, "num_hidden_layers": 2, "tie_word_embeddings": False})
-    return folder
-
-
-@pytest.fixture
-def experts(base: Path) -> Path:
-    """A model with eight routed experts."""
-    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
-    config = {**DEEPSEEK_V2, "vocab_size": vocabulary, "max_position_embeddings": 256}
-    write_checkpoint_of(base, config)
-    return base
-
-
-def write_checkpoint_of(folder: Path, config: dict[str, Any]) -> None:
-    (folder / "model.safetensors").unlink()
-    write_checkpoint(folder, config)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-def ticks() -> Iterator[float]:
-    now = 0.0
-    while True:
-        now += 1.0
-        yield now
-
-
-def run(job: Job, steps: list[Progress] | None = None) -> list[str]:
-    times = ticks()
-    return compress(job, (steps if steps is not None else []).append, lambda: next(times))
-
-
-def job(base: Path, wanted: Recipe, text: Path | None = None, name: str = "out") -> Job:
-    return Job(model=base, name="base", recipe=wanted, out=base.parent / name, calibration=text)
-
-
-def logits(folder: Path) -> torch.Tensor:
-    """Of the beginning of the text, whose tokens are its bytes, as the engine computes them."""
-    from compression.layerwise import make_window
-    from engines.models.config import parse_config
-
-    manifest = read_manifest(folder)
-    model, config = load(manifest), parse_config(manifest)
-    window = make_window(torch.tensor(list(TEXT[:48].encode())), config, torch.device("cpu"))
-    return model.logits(model.forward(window.batch, [window.cache] * config.layers))
-
-
-def difference(folder: Path, base: Path) -> float:
-    ours, exact = logits(folder), logits(base)
-    return float((ours - exact).norm() / exact.norm())
+from tests.unit.models.checkpoints import write_checkpoint
 
 
 def test_eight_bits_give_nearly_the_same_logits_and_a_record(base: Path) -> None:
@@ -117,96 +42,6 @@ def test_a_codebook_is_nearer_than_an_even_grid_and_nearer_yet_with_inputs(base:
     run(job(base, recipe({"bits": 4, "group_size": 16}), name="rounded"))
     calibrated, plain, rounded = (difference(base.parent / name, base) for name in ("calibrated", "plain", "rounded"))
     assert calibrated < plain < rounded
-
-
-SCALES = {"method": "scales", "steps": 40}
-ROUNDING = {"method": "rounding", "steps": 40, "bias": "existing"}
-
-
-def compensated(compensation: dict[str, Any], **fields: Any) -> Recipe:
-    """GPTQ at 3 bits, without and with what comes after it."""
-    rule = {"bits": 3, "group_size": 16, "symmetric": False, "method": "gptq"}
-    return recipe(rule, calibration={"windows": 8, "tokens": 32}, compensation=compensation, **fields)
-
-
-@pytest.mark.parametrize("compensation", [SCALES, ROUNDING, {**SCALES, "bias": "new"}], ids=str)
-def test_compensation_brings_the_logits_nearer(base: Path, text: Path, compensation: dict[str, Any]) -> None:
-    rule = {"bits": 3, "group_size": 16, "symmetric": False, "method": "gptq"}
-    run(job(base, recipe(rule, calibration={"windows": 8, "tokens": 32}), text, "plain"))
-    steps: list[Progress] = []
-    notes = run(job(base, compensated(compensation), text), steps)
-    assert difference(base.parent / "out", base) < difference(base.parent / "plain", base)
-    errors = [note for note in notes if "relative error of its output" in note]
-    assert len(errors) == 2
-    assert errors[0].startswith("layer 0: ")
-    assert ("with its bias" in errors[0]) == (compensation.get("bias") == "new")
-    assert [step.done for step in steps if step.what.startswith("layer ")][-1] == pytest.approx(2 / 3 * steps[-1].total)
-    config = json.loads((base.parent / "out" / "config.json").read_text())
-    assert config.get("mlp_bias", False) == (compensation.get("bias") == "new")
-
-
-def test_experts_are_compensated_too(experts: Path, text: Path) -> None:
-    notes = run(job(experts, compensated(ROUNDING), text))
-    assert any("layer 1: relative error" in note for note in notes)
-    assert difference(experts.parent / "out", experts) < 0.5
-
-
-DISTILLATION = {"steps": 16, "windows_per_step": 2, "learning_rate": 0.002}
-
-
-def distilled(distillation: dict[str, Any]) -> Recipe:
-    rule = {"bits": 3, "group_size": 16, "symmetric": False, "method": "gptq"}
-    return recipe(rule, calibration={"windows": 9, "tokens": 32}, distillation=distillation)
-
-
-@pytest.mark.parametrize("model", ["base", "experts"])
-def test_distillation_brings_the_logits_nearer(
-    model: str, request: pytest.FixtureRequest, base: Path, text: Path
-) -> None:
-    request.getfixturevalue(model)
-    rule = {"bits": 3, "group_size": 16, "symmetric": False, "method": "gptq"}
-    run(job(base, recipe(rule, calibration={"windows": 9, "tokens": 32}), text, "plain"))
-    steps: list[Progress] = []
-    notes = run(job(base, distilled(DISTILLATION), text), steps)
-    assert notes[-1].startswith("distillation: divergence ")
-    assert "dropped" not in notes[-1]
-    assert difference(base.parent / "out", base) < difference(base.parent / "plain", base)
-    assert steps[-1].what == "distillation"
-    assert steps[-1].done == pytest.approx(steps[-1].total, rel=0.4)
-
-
-def test_distillation_that_wins_nothing_leaves_the_weights(base: Path, text: Path) -> None:
-    notes = run(job(base, distilled({**DISTILLATION, "learning_rate": 1.0}), text))
-    assert notes[-1].endswith("won nothing and was dropped")
-    rule = {"bits": 3, "group_size": 16, "symmetric": False, "method": "gptq"}
-    run(job(base, recipe(rule, calibration={"windows": 9, "tokens": 32}), text, "plain"))
-    one, two = (base.parent / name / "model.safetensors" for name in ("out", "plain"))
-    assert one.read_bytes() == two.read_bytes()
-
-
-def test_a_distillation_that_was_killed_goes_on_where_it_was(base: Path, text: Path) -> None:
-    wanted = distilled(DISTILLATION)
-    run(job(base, wanted, text, "whole"))
-    seen: list[Progress] = []
-
-    def die(step: Progress) -> None:
-        seen.append(step)
-        if sum(step.what == "distillation" for step in seen) == 13:
-            raise Killed
-
-    times = ticks()
-    with pytest.raises(Killed):
-        compress(job(base, wanted, text), die, lambda: next(times))
-    steps: list[Progress] = []
-    run(job(base, wanted, text), steps)
-    assert sum(step.what == "distillation" for step in steps) < 13
-    one, two = (base.parent / name / "model.safetensors" for name in ("whole", "out"))
-    assert one.read_bytes() == two.read_bytes()
-
-
-def test_new_biases_are_for_configs_that_can_say_so(experts: Path, text: Path) -> None:
-    with pytest.raises(CompressionError, match=r"bias: new is for Llama's architecture alone.*deepseek_v2"):
-        run(job(experts, compensated({**SCALES, "bias": "new"}), text))
 
 
 def test_a_model_calibrates_on_what_it_writes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,40 +107,6 @@ def test_a_quantized_embedding_serves_as_head_too(base: Path) -> None:
     write_checkpoint_of(base, {**config, "tie_word_embeddings": True})
     run(job(base, recipe({"match": ["*", "model.embed_tokens"], "bits": 8})))
     assert difference(base.parent / "out", base) < 0.06
-
-
-class Killed(BaseException):
-    """Stands for a signal."""
-
-
-@pytest.mark.parametrize("wanted", [INT8, GPTQ, compensated({"method": "rounding", "steps": 5})])
-def test_a_run_that_was_killed_goes_on_where_it_was(
-    base: Path, text: Path, wanted: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(job(base, wanted, text, "whole"))
-    quantized: list[int] = []
-
-    def save_and_count(path: Path, tensors: dict[str, torch.Tensor], notes: list[str]) -> None:
-        quantized.append(1)
-        save_tensors(path, tensors, notes)
-
-    def save_and_die(path: Path, tensors: dict[str, torch.Tensor], notes: list[str]) -> None:
-        save_and_count(path, tensors, notes)
-        if path.name == "layer-00000.safetensors":
-            raise Killed
-
-    monkeypatch.setattr(module, "save_tensors", save_and_die)
-    with pytest.raises(Killed):
-        run(job(base, wanted, text))
-    before = len(quantized)
-    monkeypatch.setattr(module, "save_tensors", save_and_count)
-    other = recipe({"bits": 4, "group_size": 32})
-    with pytest.raises(CompressionError, match="unfinished run"):
-        run(job(base, other, text))
-    run(job(base, wanted, text))
-    assert len(quantized) - before == 1
-    one, two = (base.parent / name / "model.safetensors" for name in ("whole", "out"))
-    assert one.read_bytes() == two.read_bytes()
 
 
 def test_an_output_folder_that_exists_is_left_alone(base: Path) -> None:
