@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,12 @@ def read(name: str, folder: Path | None = None) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write(name: str, result: dict[str, object], folder: Path | None = None) -> Path:
+def folder_out() -> Path:
+    """Where results go: ``$OUT`` on a machine that gives back what is there, else ``benchmarks/results``."""
+    return Path(os.environ.get("OUT", RESULTS))
+
+
+def write(name: str, result: Mapping[str, object], folder: Path | None = None) -> Path:
     """Into ``folder`` in place of ``benchmarks/results``, where one is given."""
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)

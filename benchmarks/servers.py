@@ -48,11 +48,15 @@ def running(
     env: Mapping[str, str] | None = None,
     log: Path,
     timeout: float = 300,
+    own_session: bool = False,
 ) -> Iterator[Server]:
-    """Raises RuntimeError with the end of the log when the server dies or is not ready in ``timeout`` seconds."""
+    """Raises RuntimeError with the end of the log when the server dies or is not ready in ``timeout`` seconds. In a
+    session of its own it does not hear the terminal's Ctrl-C, only the end of this context."""
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
-        process = subprocess.Popen(list(command), stdout=output, stderr=subprocess.STDOUT, env=env)
+        process = subprocess.Popen(
+            list(command), stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=own_session
+        )
     try:
         deadline = time.monotonic() + timeout
         while not _ready(url + ready_path):
