@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
+from grafana.histograms import heatmap, quantiles
 from grafana.panel import Dashboard, Panel, Query, Row, Variable
-from grafana.promql import mean, of_instance, of_model, quantile, rate, share, total
+from grafana.promql import mean, of_instance, of_model, rate, share, total
 
 COMPUTED = total(rate(of_model("computed_tokens_total")))
-
-
-def quantiles(title: str, histogram: str, unit: str, text: str = "") -> Panel:
-    queries = [Query(quantile(q, histogram), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)]
-    return Panel(title=title, queries=(*queries, Query(mean(histogram), "mean")), unit=unit, text=text)
-
-
-def heatmap(title: str, histogram: str, unit: str) -> Panel:
-    buckets = f"sum by (le) (increase({of_model(f'{histogram}_bucket')}[$__rate_interval]))"
-    return Panel(title=title, kind="heatmap", unit=unit, queries=(Query(buckets, "{{le}}"),))
 
 
 STEPS = Row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grafana import promql
+from grafana.histograms import heatmap, quantiles
 from grafana.panel import Dashboard, Panel, Query, Row, Variable
 from grafana.promql import mean, of_instance, of_model, quantile, rate, share, total
 
@@ -22,12 +23,6 @@ def stat(
     return Panel(
         title=title, queries=(Query(query),), kind="stat", unit=unit, limits=limits, text=text, width=3, height=4
     )
-
-
-def latency(title: str, histogram: str) -> Panel:
-    """Percentiles and the mean."""
-    queries = [Query(quantile(q, histogram), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)]
-    return Panel(title=title, queries=(*queries, Query(mean(histogram), "mean")), unit="s")
 
 
 NOW = Row(
@@ -86,9 +81,9 @@ MODELS = Row(
 LATENCY = Row(
     "Latency",
     (
-        latency("Time to the first token", "time_to_first_token_seconds"),
-        latency("Time between tokens", "inter_token_seconds"),
-        latency("Whole answer", "request_seconds"),
+        quantiles("Time to the first token", "time_to_first_token_seconds", "s"),
+        quantiles("Time between tokens", "inter_token_seconds", "s"),
+        quantiles("Whole answer", "request_seconds", "s"),
         Panel(
             title="Mean time per phase",
             unit="s",
@@ -97,18 +92,7 @@ LATENCY = Row(
             text="Queue, prefill and decode of ended requests, one above the other.",
             queries=[Query(mean(f"{phase}_seconds"), phase) for phase in ("queue", "prefill", "decode")],
         ),
-        Panel(
-            title="Time to the first token, as a heatmap",
-            kind="heatmap",
-            unit="s",
-            width=12,
-            queries=(
-                Query(
-                    f"sum by (le) (increase({of_model('time_to_first_token_seconds_bucket')}[$__rate_interval]))",
-                    "{{le}}",
-                ),
-            ),
-        ),
+        heatmap("Time to the first token, as a heatmap", "time_to_first_token_seconds", "s", width=12),
     ),
 )
 

@@ -1,0 +1,1 @@
+"""Load tests with locust: see docs/load-testing.md."""
