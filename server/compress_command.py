@@ -51,8 +51,9 @@ def compress(
         return
     if out is None:
         raise UsageError("compress needs --out DIR, the engine folder to write")
-    from compression.compress import Job, choose_device, use_threads
+    from compression.compress import Job
     from compression.compress import compress as run
+    from compression.device import choose_device, use_threads
     from server.catalog import resolve
     from server.settings import parse_memory
 

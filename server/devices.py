@@ -55,6 +55,7 @@ def worker_settings(settings: Settings) -> WorkerSettings:
     return WorkerSettings(
         scheduler=settings.scheduler_config(),
         log_level=settings.log_level,
+        log_format=settings.log_format,
         step_timeout=settings.step_timeout,
         load_timeout=settings.load_timeout,
         max_restarts=settings.max_restarts,

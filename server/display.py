@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
@@ -115,8 +116,33 @@ class ProgressLines:
             self._bars = None
 
 
-class ServeDisplay:
-    """The face of ``slimserve serve``."""
+class ServeDisplay(Protocol):
+    """The face of ``slimserve serve``. All calls come from one thread."""
+
+    def pulling(self, name: str, what: str, done: int, total: int) -> None:
+        """A download: so many bytes of ``total``; 0 where that is not known."""
+
+    def pulled(self, name: str) -> None:
+        """It is here."""
+
+    def changed(self, name: str, phase: str, progress: LoadProgress | None) -> None:
+        """A model is on its way, or lost: then the log says why."""
+
+    def loaded(self, name: str, info: EngineInfo, capacity: Capacity) -> None:
+        """A model can serve."""
+
+    def ready(self, url: str, models: Sequence[str], *, key: bool) -> None:
+        """All models can serve."""
+
+    def draining(self, open_replies: int, grace: float) -> None:
+        """The server was told to stop."""
+
+    def close(self) -> None:
+        """Take what moves off the screen."""
+
+
+class ServeConsole:
+    """Implements ``ServeDisplay`` for people."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -130,7 +156,6 @@ class ServeDisplay:
         self._lines.end(name)
 
     def changed(self, name: str, phase: str, progress: LoadProgress | None) -> None:
-        """A model is on its way, or lost: then the log says why."""
         if phase in ("failed", "restarting"):
             self._lines.end(name)
         elif progress is not None:

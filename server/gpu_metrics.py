@@ -17,8 +17,7 @@ INTERVAL = 1.0
 """Seconds between two samples."""
 log = logging.getLogger(__name__)
 
-# Field of GpuSample -> name of the metric
-_GAUGES = {
+GPU_GAUGES = {
     "utilization": "gpu_utilization_ratio",
     "sm_active": "gpu_sm_active_ratio",
     "memory_bandwidth": "gpu_memory_bandwidth_ratio",
@@ -27,6 +26,7 @@ _GAUGES = {
     "power": "gpu_power_watts",
     "temperature": "gpu_temperature_celsius",
 }
+"""Fields of GpuSample, and the metrics that show them."""
 
 
 class Source(Protocol):
@@ -85,7 +85,7 @@ class GpuMetrics:
 
     def show(self, name: str, sample: GpuSample) -> None:
         """What the sample does not tell has no series from here on."""
-        for field, metric in _GAUGES.items():
+        for field, metric in GPU_GAUGES.items():
             value = getattr(sample, field)
             if value is not None:
                 self._families.gauges[metric].labels(name).set(value)

@@ -10,11 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from server.api.line import Line, with_line
 from server.errors import CommandFailed
+from server.tls import NO_PASSWORD, Certificate
+
+CLOSE_TIMEOUT = 5
+"""Seconds for answered connections to take their last bytes."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -65,6 +70,33 @@ class HttpConnection(H11Protocol):  # type: ignore[misc]  # mypy does not follow
 
 class HttpServer(uvicorn.Server):
     """Leaves the signals to ``Application``: uvicorn would close the port before readiness could say anything."""
+
+    def __init__(self, app: ASGIApp, certificate: Certificate | None) -> None:
+        """Plain HTTP where ``certificate`` is None."""
+        self._certificate = certificate
+        config = uvicorn.Config(
+            app,
+            http=HttpConnection,
+            loop="asyncio",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=65,
+            timeout_graceful_shutdown=CLOSE_TIMEOUT,
+            ssl_certfile=None if certificate is None else certificate.cert,
+            ssl_keyfile=None if certificate is None else certificate.key,
+            ssl_keyfile_password=NO_PASSWORD,
+        )
+        super().__init__(config)
+
+    def renew_certificate(self) -> None:
+        """Read the files again, for connections from now on. Raises UsageError, and then nothing has changed."""
+        if self._certificate is not None and self.config.ssl is not None:
+            self._certificate.check()
+            self._certificate.load_into(self.config.ssl)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -37,7 +37,7 @@ class TokenGaps(Collector):
         self._sums[model] = self._sums.get(model, 0.0) + total
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """What the registry asks for."""
+        """As the library's own metrics do."""
         family = HistogramMetricFamily(self._name, self._text, labels=("model",))
         edges = [*map(floatToGoString, self._bounds), "+Inf"]
         for model, counts in self._counts.items():
@@ -47,10 +47,9 @@ class TokenGaps(Collector):
 
 
 class Families:
-    """One registry with all of the table in it. KeyError for a name that the table does not have."""
+    """All of the table. KeyError for a name that the table does not have."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
         self.counters: dict[str, Counter] = {}
         self.gauges: dict[str, Gauge] = {}
         self.histograms: dict[str, Histogram] = {}
@@ -62,16 +61,13 @@ class Families:
         name, text, labels = f"slimserve_{metric.name}", metric.help, metric.labels
         match metric.kind:
             case "counter":
-                self.counters[metric.name] = Counter(name, text, labels, registry=self._registry)
+                self.counters[metric.name] = Counter(name, text, labels, registry=None)
             case "gauge":
-                self.gauges[metric.name] = Gauge(name, text, labels, registry=self._registry)
+                self.gauges[metric.name] = Gauge(name, text, labels, registry=None)
             case "histogram" if metric.name == TokenGaps.NAME:
                 self.gaps = TokenGaps(name, text, metric.buckets)
-                self._registry.register(self.gaps)
             case "histogram":
-                self.histograms[metric.name] = Histogram(
-                    name, text, labels, registry=self._registry, buckets=metric.buckets
-                )
+                self.histograms[metric.name] = Histogram(name, text, labels, registry=None, buckets=metric.buckets)
 
     def show_at_zero(self, model: str) -> None:
         """A series that exists from the start: rates over its first increase are right."""
@@ -81,6 +77,11 @@ class Families:
             elif metric.labels == ("model",) and metric.at_zero:
                 (self.counters | self.gauges | self.histograms)[metric.name].labels(model)
 
+    def parts(self) -> Iterator[bytes]:
+        """The text that Prometheus reads, a family at a time: each is rendered when it is asked for."""
+        for family in (*self.counters.values(), *self.gauges.values(), *self.histograms.values(), self.gaps):
+            yield generate_latest(family)
+
     def render(self) -> bytes:
-        """The text that Prometheus reads."""
-        return generate_latest(self._registry)
+        """All of it."""
+        return b"".join(self.parts())

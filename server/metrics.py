@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import get_args
 
 import psutil
@@ -265,7 +265,11 @@ class Metrics:
     def drain_began(self, unix_time: float) -> None:
         self._gauges["drain_start_time_seconds"].set(unix_time)
 
-    def render(self) -> bytes:
-        """The text that Prometheus reads."""
+    def parts(self) -> Iterator[bytes]:
+        """The text that Prometheus reads, a family at a time: whoever has streams to feed can do so in between."""
         self._gauges["process_memory_bytes"].labels("api").set(self._process.memory_info().rss)
-        return self.families.render()
+        yield from self.families.parts()
+
+    def render(self) -> bytes:
+        """All of it."""
+        return b"".join(self.parts())

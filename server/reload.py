@@ -17,7 +17,20 @@ from server.settings import ModelSettings, Settings
 from server.tenants import TenantTable
 from server.worker.supervisor import Supervisor
 
-FIXED = ("host", "port", "allow_remote_without_key", "log_level")
+FIXED = (
+    "host",
+    "port",
+    "metrics_host",
+    "metrics_port",
+    "tls_cert",
+    "tls_key",
+    "cors_origins",
+    "openapi",
+    "allow_remote_without_key",
+    "log_level",
+    "log_format",
+    "otlp_endpoint",
+)
 """Settings that a server keeps for its life."""
 
 
@@ -53,25 +66,28 @@ class Reloader:
     def __init__(
         self,
         settings: Settings,
-        located: dict[str, LocatedModel],
         reread: Callable[[], Settings],
         state: ApiState,
         supervisor: Supervisor,
         door: Door,
         display: ServeDisplay,
     ) -> None:
-        """``state.models`` are the models of ``located``, which are closed with this object."""
+        """The models of ``state`` are closed with this object."""
         self.settings = settings
-        self._located = located
+        self._located: dict[str, LocatedModel] = {}
         self._reread = reread
         self._state = state
         self._supervisor = supervisor
         self._door = door
         self._display = display
         self._former: dict[str, ServedModel] = {}
-        self._former_located = located
+        self._former_located = self._located
         self._failed: list[ServedModel] = []
         self._busy = False
+
+    def begin(self, located: dict[str, LocatedModel]) -> None:
+        """Where the models of ``state`` are: those that the server started with."""
+        self._located = self._former_located = located
 
     async def reload(self) -> ReloadOutcome:
         """Raises InvalidRequest or Conflict, and then nothing has changed."""

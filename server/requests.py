@@ -50,6 +50,8 @@ class Request:
     """Operator or client set the targets: refuse rather than miss the first token's."""
     timeout: float | None = None
     """From arrival, until the client no longer waits for the first token."""
+    http_id: str = ""
+    """``X-Request-ID`` of the HTTP request that it came with, for the log."""
 
 
 @dataclass(slots=True)
@@ -109,6 +111,8 @@ class Reply:
         self.error: SlimserveError | None = None
         self.cached_tokens = 0
         self.queue_seconds = 0.0
+        self.offered_at: list[float] = []
+        """When it was given to a worker: again after that worker's death."""
         self.first_token_at: float | None = None
         self.steps = 0
         """That gave it tokens, once for each choice; ``step_rows`` sequences took part in them."""

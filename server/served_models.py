@@ -6,12 +6,12 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from engines.fake import FAKE_VOCAB
 from engines.manifest import Manifest, read_manifest
 from server.api.state import ServedModel
 from server.catalog import resolve
-from server.display import ServeDisplay
 from server.quality import check_quality, read_quality
 from server.settings import ModelSettings
 from server.text import load_text
@@ -28,12 +28,22 @@ class LocatedModel:
     path: Path
 
 
-def locate(entry: ModelSettings, display: ServeDisplay) -> LocatedModel:
+class PullDisplay(Protocol):
+    """Who is told how far a download is, from whatever thread. ``name`` is the one that requests use."""
+
+    def pulling(self, name: str, what: str, done: int, total: int) -> None:
+        """So many bytes of ``total``; 0 where that is not known."""
+
+    def pulled(self, name: str) -> None:
+        """It is here."""
+
+
+def locate(entry: ModelSettings, display: PullDisplay) -> LocatedModel:
     """Fetches what is not here yet. Raises CommandFailed and UsageError."""
     if entry.kind == "fake":
         return LocatedModel(entry, Path(os.devnull))
-    name = entry.source
-    path = resolve(name, lambda what, done, total: display.pulling(name, what, done, total))
+    name = entry.served_name
+    path = resolve(entry.source, lambda what, done, total: display.pulling(name, what, done, total))
     display.pulled(name)
     return LocatedModel(entry, path)
 

@@ -22,10 +22,12 @@ from pydantic_settings import (
 from yaml import YAMLError
 
 from server.errors import UsageError
+from server.logs import LogFormat
 from server.requests import Targets
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.law import Policy
 from server.tenants import PRIORITIES, TenantTable, read_tenants
+from server.tls import Certificate
 from server.worker.wire import Priority
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -61,8 +63,12 @@ def parse_memory(value: object) -> object:
     return value
 
 
-Duration = Annotated[float, BeforeValidator(parse_duration)]
-Memory = Annotated[int | float, BeforeValidator(parse_memory)]
+_DurationText = Annotated[str, Field(pattern=f"^{_DURATION.pattern}$")]
+_MemoryText = Annotated[str, Field(pattern=r"^(\d+(?:\.\d+)?)\s*([KMGTkmgt]i?)?[Bb]?$")]
+Duration = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=float | _DurationText)]
+Memory = Annotated[int | float, BeforeValidator(parse_memory, json_schema_input_type=float | _MemoryText)]
+Origin = Annotated[str, Field(pattern=r"^https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?$")]
+"""As browsers send it: in lower case, without a path."""
 
 
 class ModelOptions(BaseModel):
@@ -152,6 +158,18 @@ class Settings(ModelOptions, BaseSettings):
     """YAML file of tenants: hashes of their keys, weights and quotas. See docs/api.md."""
     admin_key: SecretStr | None = None
     """Key that opens /admin, also from other machines. Without it /admin answers this machine alone."""
+    tls_cert: Path | None = None
+    """PEM file of the server's certificate and those between it and a root: serves HTTPS. Read again at a reload."""
+    tls_key: Path | None = None
+    """PEM file of its private key, not encrypted."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Serve /metrics on this port, and no longer on the other; 0 takes a free one. The same keys open it."""
+    metrics_host: str = "127.0.0.1"
+    """Address of the metrics port."""
+    cors_origins: list[Origin] = []
+    """Origins whose web pages may use the API, such as https://app.example.org. None by default."""
+    openapi: bool = True
+    """Describe the API at /openapi.json."""
     allow_remote_without_key: bool = False
     """Permit a host other than loopback without an API key: everyone who reaches the port may use the models."""
     max_batch: int | None = Field(default=None, ge=1, le=4096)
@@ -183,6 +201,10 @@ class Settings(ModelOptions, BaseSettings):
     """Predicted wait beyond which a request gets 503 with Retry-After."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged to stderr."""
+    log_format: LogFormat = "text"
+    """text, or json: one object a line, with a line for each request. See docs/operations.md."""
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^\s/]\S*$")
+    """Send a trace of each request to this OpenTelemetry collector (OTLP over HTTP), such as http://localhost:4318."""
 
     @classmethod
     def settings_customise_sources(
@@ -199,7 +221,18 @@ class Settings(ModelOptions, BaseSettings):
         """Reads the tenants file. Raises UsageError."""
         keys = () if self.api_key is None else (self.api_key.get_secret_value(),)
         admin = None if self.admin_key is None else self.admin_key.get_secret_value()
-        return TenantTable(() if self.tenants is None else read_tenants(self.tenants), keys, admin)
+        table = TenantTable(() if self.tenants is None else read_tenants(self.tenants), keys, admin)
+        if admin is not None and not table.open and table.find(admin.encode()) is not None:
+            raise UsageError("admin_key: it is also an API key; whoever may send requests could reload the server")
+        return table
+
+    def certificate(self) -> Certificate | None:
+        """None for plain HTTP. Raises UsageError where one of the two files is missing from the settings."""
+        if self.tls_cert is None and self.tls_key is None:
+            return None
+        if self.tls_cert is None or self.tls_key is None:
+            raise UsageError("TLS needs both: --tls-cert and --tls-key")
+        return Certificate(self.tls_cert, self.tls_key)
 
     def targets(self) -> dict[str, Targets]:
         """By priority class."""
@@ -242,7 +275,7 @@ def load_settings(
         if config is not None and not config.is_file():
             raise UsageError(f"--config: there is no file {config}")
         settings = FromLayers(**flags)
-        forced = {**EnvSettingsSource(Settings)(), **flags}.keys()
+        forced = {*from_environment(), *flags}
     except ValidationError as error:
         raise UsageError("; ".join(_explain(detail["loc"], detail["msg"]) for detail in error.errors())) from None
     except (YAMLError, SettingsError, TypeError, UnicodeDecodeError) as error:
@@ -250,6 +283,11 @@ def load_settings(
     settings.models = _entries(settings, forced, model, served_model_name)
     _check(settings)
     return settings
+
+
+def from_environment() -> Collection[str]:
+    """Names of the settings that the environment gives."""
+    return EnvSettingsSource(Settings)().keys()
 
 
 def _entries(
@@ -298,13 +336,23 @@ def _check(settings: Settings) -> None:
             raise UsageError(f"{entry.served_name!r} is no model name; choose one with --served-model-name")
         if names.count(entry.served_name) > 1:
             raise UsageError(f"models: two entries are served as {entry.served_name}; give one another name")
+    _check_access(settings)
+
+
+def _check_access(settings: Settings) -> None:
     settings.tenant_table()
+    if (certificate := settings.certificate()) is not None:
+        certificate.check()
     locked = settings.api_key is not None or settings.tenants is not None
-    if not is_loopback(settings.host) and not locked and not settings.allow_remote_without_key:
-        raise UsageError(
-            f"--host {settings.host} can be reached from other machines and no API key is set: set SLIMSERVE_API_KEY"
-            ", --api-key or --tenants, or permit access without a key with --allow-remote-without-key"
-        )
+    hosts = {"--host": settings.host}
+    if settings.metrics_port is not None:
+        hosts["--metrics-host"] = settings.metrics_host
+    for flag, host in hosts.items():
+        if not is_loopback(host) and not locked and not settings.allow_remote_without_key:
+            raise UsageError(
+                f"{flag} {host} can be reached from other machines and no API key is set: set SLIMSERVE_API_KEY"
+                ", --api-key or --tenants, or permit access without a key with --allow-remote-without-key"
+            )
 
 
 def is_loopback(host: str) -> bool:

@@ -17,7 +17,8 @@ from server.api.replies import CompletionTokensDetails, PromptTokensDetails, Tim
 from server.api.schemas import GenerationBody
 from server.api.service import Service
 from server.api.state import ApiState, ServedModel
-from server.errors import InternalError, InvalidRequest, ModelNotFound, SlimserveError
+from server.errors import EngineUnavailable, InternalError, InvalidRequest, ModelNotFound, SlimserveError
+from server.request_record import GenerationRecord
 from server.requests import ChoiceNews, Reply, Request
 
 T = TypeVar("T")
@@ -26,7 +27,9 @@ _SEEDS = 1 << 64
 
 
 def find_model(state: ApiState, name: str | None) -> ServedModel:
-    """Raises ModelNotFound, or InvalidRequest where a name is needed to choose."""
+    """Raises ModelNotFound, InvalidRequest where a name is needed to choose, or EngineUnavailable at the start."""
+    if name in state.coming or (name is None and state.coming):
+        raise EngineUnavailable("The server starts: its models are not here yet.", retry_after=5)
     if name is None:
         if len(state.models) != 1:
             raise InvalidRequest("model: several models are served, name one of them", param="model")
@@ -116,6 +119,7 @@ class Generation:
         self.model = model
         self.requests = [service.apply(request) for request in requests]
         self._tenant = service.tenant.name
+        self._record = service.record
         self.created = int(state.wall_clock())
         self.fingerprint = f"fp_{model.manifest.fingerprint[:12]}"
         self.choices = [
@@ -135,23 +139,45 @@ class Generation:
 
         ``tick`` marks a stream, whose client may be slow; what a whole answer gathers is bounded by its length.
         """
+        noted = self._note_submission(streamed=tick is not None)
         try:
             for request in self.requests:
                 self._replies.append(self._state.dispatcher.submit(request))
         except SlimserveError as error:
             for reply in self._replies:
                 reply.close()
+            if noted is not None:
+                noted.refusal = error.reason
             seconds = self._state.clock() - self.requests[0].arrived
             self._state.metrics.refused(self.model.name, error.reason, self._tenant, seconds)
             raise
         self._state.quotas.charge(self._tenant, sum(len(request.prompt) for request in self.requests))
+        if noted is not None:
+            noted.admitted = self._state.clock()
         limit = None if tick is None else self._state.settings.max_pending_tokens * self._per_request
-        return Exchange(self._replies, receive, self._charge_output, max_pending_tokens=limit, tick=tick)
+        return Exchange(self._replies, receive, self._closed, max_pending_tokens=limit, tick=tick)
 
-    def _charge_output(self) -> None:
+    def _note_submission(self, *, streamed: bool) -> GenerationRecord | None:
+        if self._record is None:
+            return None
+        noted = self._record.generation = GenerationRecord(
+            model=self.model.name,
+            arrived=self.requests[0].arrived,
+            submitted=self._state.clock(),
+            prompt_tokens=sum(len(request.prompt) for request in self.requests),
+            replies=self._replies,
+            streamed=streamed,
+        )
+        return noted
+
+    def _closed(self) -> None:
         """What was computed counts, also where the client left before it had it all."""
         tokens = sum(len(log.tokens) for reply in self._replies for log in reply.logs)
         self._state.quotas.charge(self._tenant, tokens)
+        if self._record is not None and (noted := self._record.generation) is not None:
+            noted.ended = self._state.clock()
+            noted.output_tokens = self.usage.completion_tokens
+            noted.finish_reasons = tuple(choice.finish or "cancelled" for choice in self.choices)
 
     def read(self, news: News) -> list[tuple[int, Delta]]:
         """Text that the news adds, by choice index."""

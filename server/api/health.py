@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import Request
 from starlette.responses import Response
 
 from server.api.body import api_state, json_response
 from server.api.replies import Liveness, ModelReadiness, Readiness, Version
+
+_TURN = 0.0003
+"""Seconds that a page may take of the event loop at a time, and what one more of its parts takes."""
 
 
 async def live(request: Request) -> Response:
@@ -29,4 +34,14 @@ async def version(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    return Response(api_state(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    """Rendered in turns with what streams need of the event loop. A thread would not spare them: it would hold the
+    interpreter for longer at a time."""
+    loop = asyncio.get_running_loop()
+    parts: list[bytes] = []
+    began = loop.time()
+    for part in api_state(request).metrics.parts():
+        parts.append(part)
+        if loop.time() - began > _TURN:
+            await asyncio.sleep(0)
+            began = loop.time()
+    return Response(b"".join(parts), media_type="text/plain; version=0.0.4; charset=utf-8")

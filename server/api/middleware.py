@@ -1,4 +1,4 @@
-"""Pure ASGI middleware, from the outside in: RequestIds, those of ``callers``, ConnectionLimit, BodyLimit."""
+"""Pure ASGI middleware, from the outside in: RequestIds, Browsers, those of ``callers``, ConnectionLimit, BodyLimit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import INTERNAL, error_response
 from server.errors import BodyTooLarge, Overloaded, RequestTimeout, SlimserveError
+from server.logs import REQUEST_ID
+from server.observer import Observer
+from server.request_record import RequestRecord
 from server.requests import ClientGone
 
 log = logging.getLogger(__name__)
@@ -26,8 +29,10 @@ _DISCARD_FACTOR = 32
 class RequestIds:
     """Gives each response an ``X-Request-ID`` (the client's own where it is sane) and turns a fault into a bare 500."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, observer: Observer | None = None) -> None:
+        """``observer`` is told of each request's beginning and end."""
         self._app = app
+        self._observer = observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -35,12 +40,16 @@ class RequestIds:
         given = header(scope, b"x-request-id")
         request_id = given.decode() if given and _CLIENT_ID.fullmatch(given) else secrets.token_hex(12)
         scope["request_id"] = request_id
+        REQUEST_ID.set(request_id)
+        observer, record = self._observer, self._begin(scope)
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                if observer is not None and record is not None:
+                    observer.answered(record, message["status"])
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -52,6 +61,18 @@ class RequestIds:
             log.exception("request %s failed", request_id)
             if not started:
                 await error_response(INTERNAL)(scope, receive, send_with_id)
+        finally:
+            if observer is not None and record is not None:
+                record.route = getattr(scope.get("route"), "path", "")
+                observer.end(record)
+
+    def _begin(self, scope: Scope) -> RequestRecord | None:
+        if self._observer is None:
+            return None
+        parent = {name: header(scope, name.encode()) for name in ("traceparent", "tracestate")}
+        path = scope.get("raw_path") or scope["path"].encode()
+        record = scope["record"] = self._observer.begin(scope["request_id"], scope["method"], path, parent)
+        return record
 
 
 class ConnectionLimit:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.api.admin import reload
+from server.api.browsers import Browsers
 from server.api.callers import ApiKeys, TenantQuotas
 from server.api.chat import chat_completions
 from server.api.completions import completions
@@ -70,10 +71,8 @@ _ERRORS = {
 
 
 def create_api(state: ApiState) -> FastAPI:
-    """The ASGI application over ``state``. Closed to other origins: no CORS header is ever sent."""
-    app = FastAPI(title="Slimserve", version=state.version, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.api = state
-    add_error_handlers(app)
+    """The ASGI application over ``state``. Closed to other origins, but for those that its settings list."""
+    app = _bare(state, "/openapi.json" if state.settings.openapi else None)
     _post(app, "/v1/chat/completions", chat_completions, ChatBody, ChatCompletion, ChatChunk)
     _post(app, "/v1/completions", completions, CompletionBody, TextCompletion, TextCompletion)
     _post(app, "/tokenize", tokenize, TokenizeBody, Tokenized)
@@ -85,19 +84,51 @@ def create_api(state: ApiState) -> FastAPI:
     _get(app, "/version", version, Version, 503)
     _get(app, "/stats", stats, Stats, 403, 503)
     app.router.routes.extend(page_routes())
-    app.add_api_route("/metrics", metrics, responses=_errors(401, 503) | {200: {"content": {"text/plain": {}}}})
+    if state.settings.metrics:
+        _metrics(app)
     if state.reload is not None:
         content = {"application/json": {"schema": _reference(ReloadOutcome)}}
         answers = _errors(400, 401, 409, 503) | {200: {"content": content}}
         app.add_api_route("/admin/reload", reload, methods=["POST"], responses=answers)
+    _add_middleware(app, state)
+    app.openapi = _describe(app, state)  # type: ignore[method-assign]
+    return app
+
+
+def create_metrics_api(state: ApiState) -> FastAPI:
+    """/metrics alone, for a port of its own. The same keys open it."""
+    app = _bare(state, None)
+    _metrics(app)
+    _add_middleware(app, state)
+    return app
+
+
+def _bare(state: ApiState, openapi_url: str | None) -> FastAPI:
+    app = FastAPI(
+        title="Slimserve",
+        version=state.version,
+        openapi_url=openapi_url,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.api = state
+    add_error_handlers(app)
+    return app
+
+
+def _metrics(app: FastAPI) -> None:
+    app.add_api_route("/metrics", metrics, responses=_errors(401, 403, 503) | {200: {"content": {"text/plain": {}}}})
+
+
+def _add_middleware(app: FastAPI, state: ApiState) -> None:
     settings = state.settings
     app.add_middleware(BodyLimit, limit=settings.max_body, timeout=settings.body_timeout)
     app.add_middleware(ConnectionLimit, limit=settings.max_connections)
     app.add_middleware(TenantQuotas, state=state)
     app.add_middleware(ApiKeys, state=state)
-    app.add_middleware(RequestIds)
-    app.openapi = _describe(app, state)  # type: ignore[method-assign]
-    return app
+    app.add_middleware(Browsers, state=state)
+    app.add_middleware(RequestIds, observer=state.observer)
 
 
 def _post(

@@ -1,81 +1,32 @@
 """Request bodies, each field with its type and bounds. What is not here is refused by name.
 
-Fields that only some values of leave the answer unchanged are typed to take just those values; see ``Neutral``.
+Fields that only some values of leave the answer unchanged are typed to take just those values; see ``unsupported``.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidatorFunctionWrapHandler,
-    WithJsonSchema,
-    WrapValidator,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from server.api.field_types import (
+    INTEGRAL,
+    MAX_TOKENS,
+    ModelName,
+    PromptIds,
+    Refused,
+    RefusedList,
+    RefusedUnlessFalse,
+    StopString,
+    TemplateKwargs,
+    TokenIds,
+    unsupported,
 )
 
 MAX_STOPS = 16
 MAX_PROMPTS = 256
 MAX_CHOICES = 128
-MAX_TOKENS = 1 << 24
 MAX_LOGPROBS = 20
-ID_LIMIT = 1 << 31
-
-_RESERVED_TEMPLATE_KEYS = frozenset({"messages", "chat_template", "tools", "documents", "add_generation_prompt"})
-
-
-def _unsupported(*neutral: object) -> tuple[BeforeValidator, WithJsonSchema]:
-    """A field that may only hold one of the ``neutral`` values, or null: those change nothing."""
-
-    def check(value: object) -> object:
-        if value is not None and not any(type(value) is type(each) and value == each for each in neutral):
-            raise ValueError("this value is not supported")
-        return value
-
-    return BeforeValidator(check), WithJsonSchema({"enum": [*neutral, None]})
-
-
-def _plain_kwargs(value: dict[str, Any]) -> dict[str, Any]:
-    if reserved := sorted(_RESERVED_TEMPLATE_KEYS & value.keys()):
-        raise ValueError(f"{reserved[0]} may not be set here")
-    return value
-
-
-def _integral(value: object) -> object:
-    """JSON knows one kind of number: 16.0 is an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _integral_items(value: object, handler: ValidatorFunctionWrapHandler) -> object:
-    """Plain ids are most of a body's bytes: they are checked in bulk, and one by one only where something is wrong."""
-    if isinstance(value, list):
-        kinds = set(map(type, value))
-        if kinds == {int} and len(value) <= MAX_TOKENS and min(value) >= 0 and max(value) < ID_LIMIT:
-            return value
-        if float in kinds:
-            value = [_integral(each) for each in value]
-    return handler(value)
-
-
-INTEGRAL = BeforeValidator(_integral)
-Refused = Annotated[Any, *_unsupported()]
-RefusedList = Annotated[Any, *_unsupported([])]
-RefusedUnlessFalse = Annotated[Any, *_unsupported(False)]
-
-ModelName = Annotated[str, Field(min_length=1, max_length=256)]
-TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, lt=ID_LIMIT)]],
-    Field(max_length=MAX_TOKENS, fail_fast=True),
-    WrapValidator(_integral_items),
-]
-PromptIds = Annotated[TokenIds, Field(min_length=1)]
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
-TemplateKwargs = Annotated[dict[str, Any], Field(max_length=32), AfterValidator(_plain_kwargs)]
 
 
 class Body(BaseModel):
@@ -220,13 +171,13 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     """Without tools it changes nothing."""
     tools: RefusedList = None
-    tool_choice: Annotated[Any, *_unsupported("none", "auto")] = None
+    tool_choice: Annotated[Any, *unsupported("none", "auto")] = None
     functions: RefusedList = None
-    function_call: Annotated[Any, *_unsupported("none", "auto")] = None
-    response_format: Annotated[Any, *_unsupported({"type": "text"})] = None
-    modalities: Annotated[Any, *_unsupported(["text"])] = None
-    service_tier: Annotated[Any, *_unsupported("auto", "default")] = None
-    verbosity: Annotated[Any, *_unsupported("medium")] = None
+    function_call: Annotated[Any, *unsupported("none", "auto")] = None
+    response_format: Annotated[Any, *unsupported({"type": "text"})] = None
+    modalities: Annotated[Any, *unsupported(["text"])] = None
+    service_tier: Annotated[Any, *unsupported("auto", "default")] = None
+    verbosity: Annotated[Any, *unsupported("medium")] = None
     reasoning_effort: Refused = None
     audio: Refused = None
     prediction: Refused = None
@@ -261,7 +212,7 @@ class CompletionBody(GenerationBody):
     """Let the tokenizer add its begin token to a text. Default true."""
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     """Must equal ``n``."""
-    suffix: Annotated[Any, *_unsupported("")] = None
+    suffix: Annotated[Any, *unsupported("")] = None
 
     @model_validator(mode="after")
     def _fields_fit(self) -> CompletionBody:

@@ -13,6 +13,7 @@ from server.api.callers import caller
 from server.api.schemas import GenerationBody
 from server.api.state import ApiState
 from server.errors import Forbidden, InvalidRequest
+from server.request_record import RequestRecord
 from server.requests import Request, Targets
 from server.tenants import Tenant
 
@@ -35,6 +36,9 @@ class Service:
     priority: Priority
     targets: Targets
     timeout: float | None
+    http_id: str = ""
+    record: RequestRecord | None = None
+    """To be filled in, where somebody wants to know."""
 
     def apply(self, request: Request) -> Request:
         """The request with this service. The tenant becomes part of the salt, so prefix caches are kept apart."""
@@ -49,6 +53,7 @@ class Service:
             tpot=self.targets.tpot,
             firm=self.targets.ttft is not None or self.targets.tpot is not None,
             timeout=self.timeout,
+            http_id=self.http_id,
         )
 
 
@@ -65,7 +70,9 @@ def read_service(state: ApiState, http_request: HttpRequest, body: GenerationBod
             targets.ttft if asked.ttft_ms is None else asked.ttft_ms / 1000,
             targets.tpot if asked.tpot_ms is None else asked.tpot_ms / 1000,
         )
-    return Service(tenant, priority, targets, _timeout(http_request.headers))
+    scope = http_request.scope
+    timeout = _timeout(http_request.headers)
+    return Service(tenant, priority, targets, timeout, scope.get("request_id", ""), scope.get("record"))
 
 
 def _timeout(headers: Mapping[str, str]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +12,7 @@ from engines.engine_folder import Quality
 from engines.manifest import Manifest
 from server.api.replies import ReloadOutcome
 from server.metrics import Metrics
+from server.observer import Observer
 from server.quotas import Quotas
 from server.requests import Dispatcher, Targets
 from server.tenants import TenantTable
@@ -49,7 +50,7 @@ class ReadyState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiSettings:
-    """Limits of the HTTP side. Sizes in bytes, times in seconds."""
+    """Limits and switches of the HTTP side. Sizes in bytes, times in seconds."""
 
     max_body: int = 8 << 20
     body_timeout: float = 30.0
@@ -60,6 +61,14 @@ class ApiSettings:
     """Silence on a stream after which a comment is sent."""
     max_pending_tokens: int = 4096
     """Most tokens of each choice buffered for a client that does not read its stream; beyond, it is cancelled."""
+    openapi: bool = True
+    """Describe the API at /openapi.json."""
+    metrics: bool = True
+    """Serve /metrics here; else it has a port of its own."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose web pages may use the API: ``https://name[:port]``."""
+    this_machine_only: bool = False
+    """While no key is needed, answer only requests that name this machine by an address or a name without a dot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +86,7 @@ class ServedModel:
 
 @dataclass(slots=True, kw_only=True)
 class ApiState:
-    """A reload may replace ``models``, ``tenants`` and ``targets``."""
+    """A reload may replace ``models``, ``tenants`` and ``targets``; ``models`` is empty until all were found."""
 
     models: Mapping[str, ServedModel]
     dispatcher: Dispatcher
@@ -96,6 +105,10 @@ class ApiState:
     tenants: TenantTable = field(default_factory=TenantTable)
     targets: Mapping[str, Targets] = field(default_factory=dict)
     """By priority class."""
+    coming: Collection[str] = ()
+    """Names of models that are being fetched and read: until then requests for them get 503."""
+    observer: Observer | None = None
+    """Looks at each request when it is over; None where nobody wants to know."""
     quotas: Quotas = field(init=False)
     _request_ids: itertools.count[int] = field(default_factory=itertools.count)
 

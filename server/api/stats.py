@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from server.api.body import api_state
 from server.api.state import ApiState, ModelState
+from server.gpu_metrics import GPU_GAUGES
 from server.metric_families import Families
 
 
@@ -123,16 +124,6 @@ _DISTRIBUTIONS = {
     "batch": "step_batch_size",
     "step": "step_seconds",
 }
-# Field of GpuStats -> name of the metric
-_GPU = {
-    "utilization": "gpu_utilization_ratio",
-    "sm_active": "gpu_sm_active_ratio",
-    "memory_bandwidth": "gpu_memory_bandwidth_ratio",
-    "memory_used": "gpu_memory_used_bytes",
-    "memory_total": "gpu_memory_total_bytes",
-    "power": "gpu_power_watts",
-    "temperature": "gpu_temperature_celsius",
-}
 
 
 async def stats(request: Request) -> Response:
@@ -189,7 +180,7 @@ def _models(state: ApiState, models: tuple[ModelState, ...]) -> list[ModelStats]
 
 
 def _gpus(families: Families) -> list[GpuStats]:
-    values = {field: _by_label(families.gauges[name], "gpu") for field, name in _GPU.items()}
+    values = {field: _by_label(families.gauges[name], "gpu") for field, name in GPU_GAUGES.items()}
     return [
         GpuStats(
             gpu=sample.labels["gpu"],

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from engines.protocol import Capacity, EngineInfo, EngineSpec, LoadProgress
+from server.logs import LogFormat
 from server.scheduler.config import SchedulerConfig
 
 EnginePhase = Literal["starting", "loading", "ready", "restarting", "failed"]
@@ -50,6 +51,7 @@ class WorkerSettings:
 
     scheduler: SchedulerConfig
     log_level: str = "info"
+    log_format: LogFormat = "text"
     step_timeout: float = 120.0
     load_timeout: float = 1800.0
     max_restarts: int = 8

@@ -21,6 +21,7 @@ from typing import get_args
 import msgspec
 
 from engines.protocol import EngineKind
+from server.logs import LogFormat, configure_logging
 from server.scheduler.config import SchedulerConfig
 from server.worker.flight_record import FlightRecord
 from server.worker.loop import WorkerLoop
@@ -57,13 +58,11 @@ def main() -> int:
     parser.add_argument("--flight-record", type=int)
     parser.add_argument("--scheduler-config", default="{}")
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", choices=get_args(LogFormat), default="text")
     parser.add_argument("--prepare-kind", choices=get_args(EngineKind))
     parser.add_argument("--prepare-device", default="cpu")
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=arguments.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s worker[{os.getpid()}] %(name)s: %(message)s",
-    )
+    configure_logging(arguments.log_level, arguments.log_format, process="worker")
     gc.set_threshold(*RARE_COLLECTIONS)
     threading.Thread(target=exit_with_parent, args=(arguments.address,), daemon=True).start()
     config = msgspec.json.decode(arguments.scheduler_config, type=SchedulerConfig)

@@ -60,6 +60,7 @@ class WorkerProcess:
         record = FlightRecord.create()
         command = [sys.executable, "-P", "-m", "server.worker.main", address, str(incarnation)]
         command += ["--flight-record", str(record.descriptor), "--log-level", settings.log_level]
+        command += ["--log-format", settings.log_format]
         command += ["--scheduler-config", msgspec.json.encode(settings.scheduler).decode()]
         command += ["--prepare-kind", kind, "--prepare-device", device]
         try:

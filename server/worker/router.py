@@ -133,6 +133,8 @@ class Router:
         now = self._clock()
         carrier.send(Offer([place.to_item(now, suspect=suspect) for place in places]))
         self._places.move(places, carrier)
+        for reply in {place.reply for place in places}:
+            reply.offered_at.append(now)
 
     def tell_cancelled(self, carrier: Carrier, items: list[int]) -> None:
         """The worker need not compute these any more."""

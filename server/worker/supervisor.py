@@ -19,7 +19,7 @@ from server.worker.delivery import Delivery, ending_of
 from server.worker.engine_status import EngineStatus, WorkerSettings
 from server.worker.lifecycle import KILL_PATIENCE, Worker
 from server.worker.places import Place, Places
-from server.worker.process import FirstWorker, RuntimeFolder, WorkerProcess
+from server.worker.process import FirstWorker, RuntimeFolder
 from server.worker.rollout import Devices, Rollout
 from server.worker.router import Router
 from server.worker.watch import Cause
@@ -36,7 +36,6 @@ class Supervisor:
 
     def __init__(
         self,
-        devices: Devices,
         settings: WorkerSettings,
         *,
         metrics: Metrics,
@@ -46,7 +45,7 @@ class Supervisor:
         on_revert: Callable[[str], None],
         first: FirstWorker | None = None,
     ) -> None:
-        """``devices`` has the engines of each worker; the process of the first one may run already: ``first``.
+        """The process of the first worker that ``begin`` makes may run already: ``first``.
 
         ``on_change`` is told each change of an engine's status, and ``on_revert`` the name of a model that a reload
         could not change: it is served as before.
@@ -66,24 +65,28 @@ class Supervisor:
         self._delivery = Delivery(self._places, metrics, door, clock)
         self._router = Router(self._places, self._serving, clock)
         self._rollout = Rollout(self._workers, self._places, self._router, self._reverted)
-        started = None if first is None else first.process
-        for device, specs in devices.items():
-            self._add(device, specs, started)
-            started = None
-            for spec in specs:
-                door.shut(spec.name, "starting")
+        self._first = None if first is None else first.process
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
 
     # --- life
 
-    def _add(self, device: str, specs: Sequence[EngineSpec], started: WorkerProcess | None = None) -> None:
-        number = next(self._numbers)
+    def begin(self, devices: Devices) -> None:
+        """Serve the engines of each worker. Called once; ``reload`` changes them later."""
+        for device, specs in devices.items():
+            self._add(device, specs)
+            for spec in specs:
+                self._door.shut(spec.name, "starting")
+        self._start()
+
+    def _add(self, device: str, specs: Sequence[EngineSpec]) -> None:
+        number, started = next(self._numbers), self._first
+        self._first = None
         self._workers[device] = Worker(number, specs, self._settings, self, self._folder, self._clock, started)
 
-    def start(self) -> None:
-        """Start the processes of workers that have none yet."""
+    def _start(self) -> None:
+        """The processes of workers that have none yet."""
         for worker in self._workers.values():
             if worker not in self._tasks:
                 self._tasks[worker] = asyncio.create_task(worker.run())
@@ -148,7 +151,7 @@ class Supervisor:
             if worker.configure(settings):
                 self._router.reoffer(worker, self._places.on(worker))
         self._rollout.begin(devices)
-        self.start()
+        self._start()
         self._advance()
 
     def _advance(self) -> None:
@@ -264,7 +267,9 @@ class Supervisor:
                 self._metrics.struck(place.model)
         guilty = [place for place in stranded if place.item == verdict.guilty]
         for place in guilty:
-            log.error("request %d is ended: workers died of it", place.reply.request.id)
+            request = place.reply.request
+            fields = {"request_id": request.http_id, "model": request.model}
+            log.error("request %s is ended: workers died of it", request.http_id, extra={"fields": fields})
         self._fail(guilty, InternalError("The model's worker process died of this request; it is not tried again."))
         self._replay([place for place in stranded if place.item != verdict.guilty])
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
-from benchmarks.servers import slimserve
+from benchmarks.servers import free_port, slimserve
 from server.catalog import MARKER
 
 COMMIT = "c" * 40
@@ -34,6 +37,9 @@ class Hub(ThreadingHTTPServer):
         self.files = dict(FILES)
         self.corrupt = ""
         self.asked: list[str] = []
+        self.may_send = threading.Event()
+        """Weights are not sent before."""
+        self.may_send.set()
         self.tokens: set[tuple[str, str | None]] = set()
 
     @property
@@ -84,7 +90,10 @@ class HubHandler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            if len(content) > 10_000:
+                self.server.may_send.wait(60)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who asked was killed
+                self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Nothing: pytest shows stderr."""
@@ -96,21 +105,51 @@ def hub() -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
+    server.may_send.set()
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def pull(hub: Hub, home: Path, name: str) -> subprocess.CompletedProcess[str]:
+def environment(hub: Hub, home: Path) -> dict[str, str]:
     settings = {
         "SLIMSERVE_HOME": str(home),
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": "hf_secret",
         "HF_HOME": str(home / "hf"),
     }
+    return os.environ | settings
+
+
+def pull(hub: Hub, home: Path, name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        slimserve("pull", name), capture_output=True, text=True, env=os.environ | settings, timeout=60, check=False
+        slimserve("pull", name), capture_output=True, text=True, env=environment(hub, home), timeout=60, check=False
     )
+
+
+@contextlib.contextmanager
+def serving(hub: Hub, home: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A server that has begun to download its model's weights, which the hub does not send yet."""
+    hub.may_send.clear()
+    port = free_port()
+    process = subprocess.Popen(
+        slimserve("serve", "hf:org/tiny", "--port", str(port)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(hub, home),
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            deadline = time.monotonic() + 60
+            while "model.safetensors" not in hub.asked:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            yield process, client
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("name", ["hf:org/tiny", "hf:org/tiny@v1"])
@@ -151,3 +190,33 @@ def test_an_unknown_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
     assert answer.returncode == 1
     assert answer.stderr.startswith("Error: hf:org/none could not be downloaded from the hub:")
     assert answer.stderr.count("\n") == 1
+
+
+def test_a_server_that_downloads_its_model_is_alive_and_not_ready(hub: Hub, tmp_path: Path) -> None:
+    with serving(hub, tmp_path) as (process, client):
+        assert client.get("/health/live").status_code == 200
+        ready = client.get("/health/ready")
+        assert ready.status_code == 503
+        (model,) = ready.json()["models"]
+        assert (model["name"], model["state"], model["phase"]) == ("tiny", "starting", "downloading")
+        assert model["total"] > len(FILES["model.safetensors"])
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+        refused = client.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "5"
+        assert client.post("/admin/reload").status_code == 409
+        assert client.get("/openapi.json").status_code == client.get("/metrics").status_code == 200
+        hub.may_send.set()
+        # What the hub has is no model: the server says so in a line and ends, as it does for a folder.
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "config.json" in errors
+        assert "Traceback" not in errors
+        assert "tiny: downloading" in output
+
+
+def test_a_stop_does_not_wait_for_a_download(hub: Hub, tmp_path: Path) -> None:
+    with serving(hub, tmp_path) as (process, client):
+        assert client.get("/health/live").status_code == 200
+        process.terminate()
+        assert process.wait(10) == 0

@@ -113,7 +113,6 @@ def test_a_process_that_cannot_be_killed_does_not_hold_up_the_shutdown(monkeypat
         monkeypatch.setattr("server.worker.lifecycle.KILL_PATIENCE", 0.01)
         monkeypatch.setattr("server.worker.lifecycle.STOP_TIMEOUT", 0.01)
         supervisor = Supervisor(
-            {"cpu": [EngineSpec(name="m")]},
             WorkerSettings(scheduler=SchedulerConfig()),
             metrics=Metrics(["m"], version="1"),
             clock=lambda: 100.0,
@@ -121,7 +120,7 @@ def test_a_process_that_cannot_be_killed_does_not_hold_up_the_shutdown(monkeypat
             on_change=lambda status: None,
             on_revert=lambda name: None,
         )
-        supervisor.start()
+        supervisor.begin({"cpu": [EngineSpec(name="m")]})
         await hung.watched.wait()
         await supervisor.stop()
         assert hung.killed.is_set()

@@ -190,7 +190,7 @@ def test_each_option_has_a_default_and_a_docstring() -> None:
 
 
 def test_each_flag_of_serve_is_an_option() -> None:
-    tree = ast.parse(Path(settings_module.__file__).with_name("cli.py").read_text())
+    tree = ast.parse(Path(settings_module.__file__).with_name("serve_command.py").read_text())
     [serve] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "serve"]
     flags = {argument.arg for argument in serve.args.args} - {"model", "config", "served_model_name"}
     assert flags <= Settings.model_fields.keys()

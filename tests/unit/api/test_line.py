@@ -15,6 +15,7 @@ from server.api.line import Line
 from server.api.routes import create_api
 from server.api.state import ApiSettings
 from server.http_server import HttpConnection
+from server.requests import Reply
 from tests.unit.api.harness import ScriptedDispatcher, make_state, run, until
 
 
@@ -85,6 +86,16 @@ def texts(stream: str) -> list[str]:
     return [choice["text"] for line in lines for choice in json.loads(line)["choices"]]
 
 
+async def begun(browser: Browser, dispatcher: ScriptedDispatcher) -> Reply:
+    """A stream whose first event is on the wire."""
+    browser.ask()
+    await until(lambda: dispatcher.replies)
+    reply = dispatcher.replies[0]
+    reply.deliver(0, 0, [97], "", now=1.0)
+    await until(lambda: browser.wire.pieces)
+    return reply
+
+
 def test_each_event_is_one_write_and_the_next_request_finds_the_connection_in_order(manifest: Manifest) -> None:
     async def main() -> None:
         dispatcher = ScriptedDispatcher()
@@ -114,11 +125,7 @@ def test_what_comes_while_the_buffer_is_full_is_one_event_afterwards(manifest: M
     async def main() -> None:
         dispatcher = ScriptedDispatcher()
         browser = Browser(manifest, dispatcher)
-        browser.ask()
-        await until(lambda: dispatcher.replies)
-        reply = dispatcher.replies[0]
-        reply.deliver(0, 0, [97], "", now=1.0)
-        await until(lambda: browser.wire.pieces)
+        reply = await begun(browser, dispatcher)
         browser.connection.pause_writing()
         for index in range(1, 6):
             reply.deliver(0, index, [97 + index], "", now=1.0)
@@ -140,11 +147,7 @@ def test_client_that_does_not_read_is_cancelled(manifest: Manifest) -> None:
     async def main() -> None:
         dispatcher = ScriptedDispatcher()
         browser = Browser(manifest, dispatcher, ApiSettings(max_pending_tokens=8))
-        browser.ask()
-        await until(lambda: dispatcher.replies)
-        reply = dispatcher.replies[0]
-        reply.deliver(0, 0, [97], "", now=1.0)
-        await until(lambda: browser.wire.pieces)
+        reply = await begun(browser, dispatcher)
         browser.connection.pause_writing()
         for index in range(1, 12):
             reply.deliver(0, index, [97], "", now=1.0)
@@ -159,11 +162,7 @@ def test_client_that_leaves_cancels_its_stream(manifest: Manifest) -> None:
     async def main() -> None:
         dispatcher = ScriptedDispatcher()
         browser = Browser(manifest, dispatcher)
-        browser.ask()
-        await until(lambda: dispatcher.replies)
-        reply = dispatcher.replies[0]
-        reply.deliver(0, 0, [97], "", now=1.0)
-        await until(lambda: browser.wire.pieces)
+        reply = await begun(browser, dispatcher)
         browser.wire.close()
         reply.deliver(0, 1, [98], "", now=1.0)
         browser.connection.connection_lost(None)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,10 @@ from engines.manifest import read_manifest
 from engines.models.batch import Batch
 from engines.models.loader import load_model
 from engines.protocol import Admit, EngineLoadError, Row, SamplingParams, StepPlan, StepResult
-from tests.unit.generation.tiny_models import DEEPSEEK, LLAMA, load_tiny, model_folder, tiny_spec
+from tests.unit.generation.tiny_models import load_tiny, tiny_spec
 
 PROMPT = [5, 17, 200, 31, 31, 8, 150, 44, 2, 99, 7, 7, 7, 250, 3, 60, 61, 62, 63]
 GREEDY = SamplingParams(seed=0, temperature=0)
-
-
-@pytest.fixture(scope="module", params=["llama", "deepseek"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("models"), LLAMA if request.param == "llama" else DEEPSEEK)
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[GenerationEngine]:
-    engine = load_tiny(folder)
-    yield engine
-    engine.close()
 
 
 class Driver:

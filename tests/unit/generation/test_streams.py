@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,21 +8,8 @@ import pytest
 from engines.generation.engine import GenerationEngine
 from server.worker.wire import Item
 from tests.unit.generation.streams import Streams, item, mixed_items
-from tests.unit.generation.tiny_models import DEEPSEEK, LLAMA, load_tiny, model_folder
 
 COUNT = 24
-
-
-@pytest.fixture(scope="module", params=["llama", "deepseek"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("models"), LLAMA if request.param == "llama" else DEEPSEEK)
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[GenerationEngine]:
-    engine = load_tiny(folder)
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -227,6 +227,15 @@ class TestTimeout:
 
 
 class TestPredictedWait:
+    def wait_of_one_more(self, rig: Rig) -> float:
+        """Seconds until it has its first token."""
+        began = rig.now
+        last = rig.item([4], max_tokens=1)
+        rig.offer(last)
+        while not rig.streams[last.item].tokens:
+            rig.tick()
+        return rig.now - began
+
     def test_it_is_the_time_until_the_next_arrival_is_served(self) -> None:
         rig = trained(SchedulerConfig(prefix_cache=False))
         assert rig.load().predicted_wait < 0.02
@@ -234,12 +243,7 @@ class TestPredictedWait:
             rig.offer(rig.item([3] * 1000, max_tokens=1))
         rig.must_launch()
         load = rig.load()
-        began = rig.now
-        last = rig.item([4], max_tokens=1)
-        rig.offer(last)
-        while not rig.streams[last.item].tokens:
-            rig.tick()
-        assert load.predicted_wait == pytest.approx(rig.now - began, rel=0.3)
+        assert load.predicted_wait == pytest.approx(self.wait_of_one_more(rig), rel=0.3)
         assert load.prompt_token_seconds == pytest.approx(1e-4, rel=0.3)
 
     def test_where_slots_are_short_it_counts_the_streams_that_have_to_end(self) -> None:
@@ -248,13 +252,8 @@ class TestPredictedWait:
             rig.offer(rig.item([number] * 10, max_tokens=50))
         for _ in range(800):
             rig.tick()
-        load = rig.load()
-        began = rig.now
-        last = rig.item([4], max_tokens=1)
-        rig.offer(last)
-        while not rig.streams[last.item].tokens:
-            rig.tick()
-        assert load.predicted_wait == pytest.approx(rig.now - began, rel=0.3)
+        predicted = rig.load().predicted_wait
+        assert predicted == pytest.approx(self.wait_of_one_more(rig), rel=0.3)
 
     def test_a_surge_after_a_calm_is_judged_by_the_pace_of_now(self) -> None:
         rig = trained(SchedulerConfig(max_batch=4))
@@ -265,10 +264,5 @@ class TestPredictedWait:
         for number in range(20):
             rig.offer(rig.item([number] * 10, max_tokens=50))
         rig.tick()
-        load = rig.load()
-        began = rig.now
-        last = rig.item([4], max_tokens=1)
-        rig.offer(last)
-        while not rig.streams[last.item].tokens:
-            rig.tick()
-        assert load.predicted_wait == pytest.approx(rig.now - began, rel=0.3)
+        predicted = rig.load().predicted_wait
+        assert predicted == pytest.approx(self.wait_of_one_more(rig), rel=0.3)
