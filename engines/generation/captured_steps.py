@@ -9,20 +9,25 @@ other, and what one leaves behind is read before the next one runs.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from engines.generation.device_state import DeviceState
+from engines.generation.launched import timestamp
 from engines.kernels.cuda.steps import prepare_tokens
 from engines.models.batch import Batch, LayerCache
 from engines.models.model import Model
 from engines.protocol import Capacity
 
 ROW_SIZES = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 257, 16))
-TOKEN_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+TOKEN_SIZES = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
 LATENT_TOKENS = 64
+DEVICE_PER_HOST = 2.0
+"""A step gains by a graph where the device takes less than so many times what the host takes to launch it. A longer one
+is better off without: it is not filled up with padding, and its last layer computes what is read alone."""
 GRAPH_BYTES = 4 << 20
 """Roughly what the driver takes for one graph beside the memory that its kernels use."""
 
@@ -72,6 +77,7 @@ class CapturedSteps:
         shape = (tokens[-1] if tokens else 1, model.embedding.shape[1])
         self._hidden = torch.empty(shape, dtype=model.embedding.dtype, device=device)
         self._shared: _Shared | None = None
+        self._longest_gain: float | None = None
 
     @staticmethod
     def static_bytes(max_rows: int, max_step_tokens: int, vocab: int, hidden: int, itemsize: int) -> int:
@@ -112,6 +118,11 @@ class CapturedSteps:
             return False
         size = self._next()
         self._pending.remove(size)
+        if not size.decodes and self._longest_gain is None:
+            self._longest_gain = longest = self._longest_gaining(size)
+            self._pending = [one for one in self._pending if one.decodes or one.count <= longest]
+            if size.count > longest:
+                return bool(self._pending)
         before = torch.cuda.memory_reserved()
         # All rows are padding: what runs before the capture writes nothing.
         self._state.clear_rows()
@@ -135,6 +146,20 @@ class CapturedSteps:
                 if sizes:
                     return max(sizes, key=lambda size: size.count)
         return max(self._pending, key=lambda size: self._wanted.get(size, 0))
+
+    def _longest_gaining(self, size: GraphSize) -> float:
+        """Tokens of the longest step that gains by a graph, after the times of one of this size, the longest of all."""
+        step = self._step_of(size)
+        self._state.clear_rows()
+        step()
+        torch.cuda.synchronize()
+        begin, started = timestamp(), time.perf_counter()
+        step()
+        host = time.perf_counter() - started
+        end = timestamp()
+        end.synchronize()
+        device: float = begin.elapsed_time(end) / 1000
+        return size.count * DEVICE_PER_HOST * host / device
 
     def _publish(self) -> None:
         self.rows = tuple(sorted(size.count for size in self._graphs if size.decodes))

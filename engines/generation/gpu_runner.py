@@ -22,7 +22,7 @@ from engines.generation.transfer import to_device, to_host
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.cuda.sampling import draw_rows
 from engines.kernels.cuda.truncation import Truncates
-from engines.models.batch import Batch, LayerCache
+from engines.models.batch import FEWEST_SPARED, Batch, LastTokens, LayerCache
 from engines.models.model import Model
 from engines.protocol import Capacity, Row, StepPlan
 
@@ -49,6 +49,11 @@ class _Rows:
     @property
     def all_decode(self) -> bool:
         return len(self.drawing) == len(self.slots) == self.decodes
+
+    @property
+    def ending(self) -> Integers:
+        """Rows whose last tokens the last layer computes, where it computes no others: the drawing ones, or any one."""
+        return self.drawing if len(self.drawing) else np.array([len(self.slots) - 1], np.int64)
 
 
 def _read(rows: Sequence[Row]) -> _Rows:
@@ -119,7 +124,7 @@ class GpuStepRunner:
     def rehearse(self, rows: Sequence[Row], truncates: Truncates) -> None:
         """Launch what an eager step of these rows launches on the device, on the meta device: see ``rehearsal``."""
         step = _read(rows)
-        logits = self._logits(step, self._eager(step))
+        logits = self._logits(step, self._eager(step, whole=False))
         if logits is not None:
             self._drawn(step, logits, truncates)
 
@@ -131,38 +136,45 @@ class GpuStepRunner:
             np.pad(rows.ends.astype(np.int32), (0, padding)),
             np.pad(rows.slots.astype(np.int32), (0, padding)),
         )
-        if not rows.all_decode and len(rows.drawing):
-            last: Words = (rows.query_starts[1:][rows.drawing] - 1).astype(np.int32)
-            drawing = rows.drawing
-            self._state.write_draws(rows.slots[drawing].astype(np.int32), rows.ends[drawing].astype(np.int32), last)
+        if not rows.all_decode:
+            ending = rows.ending
+            last: Words = (rows.query_starts[1:][ending] - 1).astype(np.int32)
+            self._state.write_draws(rows.slots[ending].astype(np.int32), rows.ends[ending].astype(np.int32), last)
         self._state.flush()
 
     def _compute(self, plan: StepPlan, rows: _Rows) -> LaunchedStep:
-        count, hidden = len(plan.rows), None
-        if plan.graph_rows and self.captured is not None:
-            logits: torch.Tensor | None = self.captured.logits(plan.graph_rows)[:count]
-        else:
-            hidden = self._hidden(plan, rows)
-            logits = self._logits(rows, hidden)
         launched = LaunchedStep(plan.step, plan.rows, rows.drawing, None, None)
+        if plan.graph_rows and self.captured is not None:
+            self._draw(launched, rows, self.captured.logits(plan.graph_rows)[: len(plan.rows)])
+            return launched
+        prompts = prompt_scorings(plan.rows, self._states, rows.slots, rows.query_starts)
+        hidden = self._hidden(plan, rows, whole=bool(prompts))
+        logits = self._logits(rows, hidden)
         if logits is not None:
             self._draw(launched, rows, logits)
-        if hidden is not None:
-            prompts = prompt_scorings(plan.rows, self._states, rows.slots, rows.query_starts)
-            launched.prompts = score_prompts(prompts, hidden, self._state.tokens, self._model.logits)
+        launched.prompts = score_prompts(prompts, hidden, self._state.tokens, self._model.logits)
         return launched
 
-    def _hidden(self, plan: StepPlan, rows: _Rows) -> torch.Tensor:
+    def _hidden(self, plan: StepPlan, rows: _Rows, whole: bool) -> torch.Tensor:
+        """States of all tokens; unless ``whole``, perhaps those of ``rows.ending`` alone."""
         if self.captured is not None:
             if plan.graph_tokens:
                 return self.captured.hidden(plan.graph_tokens)
             self.captured.missed(rows.tokens, rows.all_decode)
-        return self._eager(rows)
+        return self._eager(rows, whole)
 
-    def _eager(self, rows: _Rows) -> torch.Tensor:
+    def _eager(self, rows: _Rows, whole: bool) -> torch.Tensor:
         batch = self._batch(rows)
         prepare(batch, self._state, self._capacity.block_size)
-        return self._model.forward(batch, self._caches)
+        last = None if whole or rows.all_decode else self._last(rows, batch)
+        return self._model.forward(batch, self._caches, last)
+
+    def _last(self, rows: _Rows, batch: Batch) -> LastTokens | None:
+        count, state = len(rows.ending), self._state
+        if count * FEWEST_SPARED > rows.tokens:
+            return None
+        tokens, lengths, slots = (part[:count] for part in (state.draw_tokens, state.draw_places, state.draw_slots))
+        return LastTokens.of(batch, tokens, lengths, state.tables, slots)
 
     def _batch(self, rows: _Rows) -> Batch:
         """Inputs of exactly these rows."""
@@ -186,7 +198,7 @@ class GpuStepRunner:
     def _logits(self, rows: _Rows, hidden: torch.Tensor) -> torch.Tensor | None:
         if not len(rows.drawing):
             return None
-        if not rows.all_decode:
+        if len(hidden) > len(rows.drawing):
             hidden = hidden.index_select(0, self._state.draw_tokens[: len(rows.drawing)])
         return self._model.logits(hidden)
 

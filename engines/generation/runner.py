@@ -65,7 +65,7 @@ class StepRunner:
         inputs = build_inputs(plan.rows, self._states)
         hidden = None if self._recorded is None else self._recorded.forward(inputs.batch)
         if hidden is None:
-            hidden = self._model.forward(inputs.batch, self._caches)
+            hidden = self._model.forward(inputs.batch, self._caches, inputs.last)
         launched = self._draw(plan, inputs, hidden)
         launched.prompts = score_prompts(inputs.prompts, hidden, self._states.tokens, self._model.logits)
         self._finish(launched, started, begin)
@@ -77,7 +77,9 @@ class StepRunner:
         drawing = inputs.drawing
         if drawing is None:
             return LaunchedStep(plan.step, plan.rows, np.zeros(0, np.int64), None, None)
-        logits = self._model.logits(hidden.index_select(0, drawing.last_tokens))
+        if inputs.last is None:
+            hidden = hidden.index_select(0, drawing.last_tokens)
+        logits = self._model.logits(hidden)
         # The raw distribution is taken before the edits change the logits in place.
         raw = None if drawing.scored is None else normalized(logits.index_select(0, drawing.scored))
         apply_edits(logits, drawing.edits, self._states.tokens, self._counts)

@@ -12,7 +12,7 @@ from engines.generation.logit_edits import LogitEdits, PenaltyRows
 from engines.generation.rows import RowStates
 from engines.generation.sampler import TOP_P, Draws, Noise
 from engines.generation.transfer import HostArray, to_device
-from engines.models.batch import Batch
+from engines.models.batch import FEWEST_SPARED, Batch, LastTokens
 from engines.protocol import Row
 
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -58,6 +58,8 @@ class StepInputs:
     batch: Batch
     drawing: Drawing | None
     prompts: list[PromptScoring]
+    last: LastTokens | None
+    """Of the rows that draw, in their order, or of one row; None where all tokens are read, or many of them."""
 
 
 def build_inputs(rows: Sequence[Row], states: RowStates) -> StepInputs:
@@ -101,7 +103,19 @@ def build_inputs(rows: Sequence[Row], states: RowStates) -> StepInputs:
     drawing = None
     if drawing_rows.size:
         drawing = _drawing(states, drawing_rows, slots[drawing_rows], ends[drawing_rows], moved[6:])
-    return StepInputs(batch, drawing, prompt_scorings(rows, states, slots, query_starts))
+    prompts = prompt_scorings(rows, states, slots, query_starts)
+    last = None if prompts else _last_tokens(batch, drawing, len(rows), total)
+    return StepInputs(batch, drawing, prompts, last)
+
+
+def _last_tokens(batch: Batch, drawing: Drawing | None, rows: int, tokens: int) -> LastTokens | None:
+    ending = np.array([rows - 1], np.int64) if drawing is None else drawing.rows
+    if len(ending) * FEWEST_SPARED > tokens:
+        return None
+    (lines,) = to_device((ending,), batch.positions.device)
+    last = batch.query_starts.index_select(0, lines + 1).long() - 1
+    lengths, tables = batch.context_lengths.index_select(0, lines), batch.block_tables.index_select(0, lines)
+    return LastTokens.of(batch, last, lengths, tables)
 
 
 def leading_ones(counts: Integers) -> int:

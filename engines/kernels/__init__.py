@@ -5,7 +5,13 @@ where Triton is installed; everything else runs ``reference``. In float32 on the
 whatever other rows are in the step.
 """
 
-from engines.kernels.attention import GroupedQueries, grouped_query_attention, mla_attention, paged_attention
+from engines.kernels.attention import (
+    GroupedQueries,
+    grouped_query_attention,
+    last_query_attention,
+    mla_attention,
+    paged_attention,
+)
 from engines.kernels.cuda import TritonStatus, triton_status
 from engines.kernels.elementwise import rms_norm, rope_, rope_write_kv, silu_mul, write_kv, write_latent
 from engines.kernels.embedding import embed, embed_quantized
@@ -17,7 +23,13 @@ from engines.kernels.experts import (
     mixture,
     pack_experts,
 )
-from engines.kernels.latent_attention import LatentQueries, LatentUp, latent_attention, pack_latent_up
+from engines.kernels.latent_attention import (
+    LatentQueries,
+    LatentUp,
+    last_latent_attention,
+    latent_attention,
+    pack_latent_up,
+)
 from engines.kernels.linear import (
     PLAIN,
     Fusion,
@@ -78,6 +90,8 @@ __all__ = [
     "embed_quantized",
     "grouped_query_attention",
     "gumbel_noise",
+    "last_latent_attention",
+    "last_query_attention",
     "latent_attention",
     "linear",
     "matrix_bytes",

@@ -36,11 +36,35 @@ def grouped_query_attention(
     ``qkv`` is (T, (heads + 2 kv_heads) * head_dim), queries, keys and values side by side; it may be overwritten.
     Returns (T, heads * head_dim).
     """
-    heads, kv_heads = shape.heads, shape.kv_heads
     if batch.decode_rows == batch.context_lengths.shape[0]:
         triton = backends.triton_for(qkv, *cache)
         if triton is not None and triton.fits_grouped(qkv, *cache[:2]):
             return triton.attend_decodes(qkv, shape, cache, batch)
+    queries = _write_keys_values(qkv, shape, cache, batch)
+    return paged_attention(queries, cache, batch, shape.scale).view(qkv.shape[0], -1)
+
+
+def last_query_attention(
+    qkv: torch.Tensor,
+    shape: GroupedQueries,
+    cache: tuple[torch.Tensor, ...],
+    batch: AttentionBatch,
+    last: torch.Tensor,
+    rows: AttentionBatch,
+) -> torch.Tensor:
+    """The same where only the queries of the (S,) flat tokens ``last`` are wanted: (S, heads * head_dim).
+
+    ``rows`` is a step of S rows that have one of them each. All keys and values are written.
+    """
+    queries = _write_keys_values(qkv, shape, cache, batch).index_select(0, last)
+    return paged_attention(queries, cache, rows, shape.scale).view(last.shape[0], -1)
+
+
+def _write_keys_values(
+    qkv: torch.Tensor, shape: GroupedQueries, cache: tuple[torch.Tensor, ...], batch: AttentionBatch
+) -> torch.Tensor:
+    """Norm, rope and cache write; returns the (T, heads, head_dim) queries."""
+    heads, kv_heads = shape.heads, shape.kv_heads
     split = qkv.view(-1, heads + 2 * kv_heads, shape.head_dim)
     queries, keys, values = split.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
     if shape.query_norm is not None and shape.key_norm is not None:
@@ -55,7 +79,7 @@ def grouped_query_attention(
         cache=cache,
         cache_slots=batch.cache_slots,
     )
-    return paged_attention(queries, cache, batch, shape.scale).view(-1, heads * shape.head_dim)
+    return queries
 
 
 def paged_attention(

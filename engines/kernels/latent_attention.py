@@ -8,6 +8,7 @@ all gives a token the same result wherever a prompt is cut into chunks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from engines.kernels.elementwise import rms_norm, rope_, write_latent
 from engines.kernels.linear import linear
 from engines.kernels.packing import PackedLinear, pack_dense
 from engines.kernels.reference import AttentionBatch
+
+if TYPE_CHECKING:
+    from engines.kernels.cuda import TritonKernels
 
 MOST_EXPANDED = 32768
 """Tokens whose keys and values may be expanded at once, prompts and what is cached before them: what memory they take
@@ -87,16 +91,48 @@ def latent_attention(
     """
     up = shape.up
     queries = queries.view(-1, up.heads, up.nope + shape.rope)
-    if up.stacked is not None and queries.dtype is torch.bfloat16 and batch.decode_rows is not None:
-        triton, scales = backends.triton_for(queries, latents, *cache), cache[1] if len(cache) > 1 else None
-        if triton is not None and triton.fits_latents(shape):
-            if batch.decode_rows == batch.context_lengths.shape[0]:
-                return triton.attend_latents(queries, latents, shape, cache[0], batch, scales)
-            blocks = _prompt_blocks(batch, cache[0].shape[1])
-            if blocks * cache[0].shape[1] <= MOST_EXPANDED and triton.fits_prompts(shape):
-                decodes = batch.decode_rows
-                return triton.attend_mixed_latents(queries, latents, shape, cache[0], batch, decodes, blocks, scales)
+    triton = _triton(queries, latents, shape, cache)
+    if triton is not None and batch.decode_rows is not None:
+        scales = cache[1] if len(cache) > 1 else None
+        if batch.decode_rows == batch.context_lengths.shape[0]:
+            return triton.attend_latents(queries, latents, shape, cache[0], batch, scales)
+        blocks = _prompt_blocks(batch, cache[0].shape[1])
+        if blocks * cache[0].shape[1] <= MOST_EXPANDED and triton.fits_prompts(shape):
+            decodes = batch.decode_rows
+            return triton.attend_mixed_latents(queries, latents, shape, cache[0], batch, decodes, blocks, scales)
     return _composed(queries, latents, shape, cache, batch)
+
+
+def last_latent_attention(
+    queries: torch.Tensor,
+    latents: torch.Tensor,
+    shape: LatentQueries,
+    cache: tuple[torch.Tensor, ...],
+    batch: AttentionBatch,
+    last: torch.Tensor,
+    rows: AttentionBatch,
+) -> torch.Tensor:
+    """The same where only the queries of the (S,) flat tokens ``last`` are wanted: (S, heads * value).
+
+    ``rows`` is a step of S rows that have one of them each. All latents are written.
+    """
+    own_queries, own_latents = queries.index_select(0, last), latents.index_select(0, last)
+    queries = queries.view(-1, shape.up.heads, shape.up.nope + shape.rope)
+    if (triton := _triton(queries, latents, shape, cache)) is not None:
+        triton.write_latents(queries, latents, shape, cache[0], batch, cache[1] if len(cache) > 1 else None)
+    else:
+        _write(queries[..., shape.up.nope :], latents, shape, cache, batch)
+    return latent_attention(own_queries, own_latents, shape, cache, rows)
+
+
+def _triton(
+    queries: torch.Tensor, latents: torch.Tensor, shape: LatentQueries, cache: tuple[torch.Tensor, ...]
+) -> TritonKernels | None:
+    """The kernels that take a layer of such tensors whole."""
+    if shape.up.stacked is None or queries.dtype is not torch.bfloat16:
+        return None
+    triton = backends.triton_for(queries, latents, *cache)
+    return triton if triton is not None and triton.fits_latents(shape) else None
 
 
 def _prompt_blocks(batch: AttentionBatch, block_size: int) -> int:
@@ -115,17 +151,28 @@ def _composed(
     batch: AttentionBatch,
 ) -> torch.Tensor:
     tokens, rank, up = queries.shape[0], shape.rank, shape.up
-    latents[:, :rank] = rms_norm(latents[:, :rank], shape.latent_gain, shape.latent_eps)
     absorbed = queries.new_empty(tokens, up.heads, rank + shape.rope)
     _absorb(queries[..., : up.nope], up, absorbed[..., :rank])
     absorbed[..., rank:] = queries[..., up.nope :]
-    turned = latents[:, rank:].unsqueeze(1)
-    rope_(absorbed[..., rank:], turned, batch.positions, shape.cos_sin, shape.interleaved)
-    write_latent(latents, cache, batch.cache_slots)
+    _write(absorbed[..., rank:], latents, shape, cache, batch)
     attended = mla_attention(absorbed, cache, batch, shape.scale, rank)
     values = queries.new_empty(tokens, up.heads, up.value)
     _expand(attended, up, values)
     return values.view(tokens, up.heads * up.value)
+
+
+def _write(
+    query_rope: torch.Tensor,
+    latents: torch.Tensor,
+    shape: LatentQueries,
+    cache: tuple[torch.Tensor, ...],
+    batch: AttentionBatch,
+) -> None:
+    """Norm, rope and cache write of the latents, in place; the (T, heads, rope) ends of queries are turned too."""
+    rank = shape.rank
+    latents[:, :rank] = rms_norm(latents[:, :rank], shape.latent_gain, shape.latent_eps)
+    rope_(query_rope, latents[:, rank:].unsqueeze(1), batch.positions, shape.cos_sin, shape.interleaved)
+    write_latent(latents, cache, batch.cache_slots)
 
 
 def _absorb(queries: torch.Tensor, up: LatentUp, output: torch.Tensor) -> None:

@@ -68,3 +68,42 @@ class Batch:
     """(R,) int32: the line of ``block_tables`` that belongs to each row; None: row r has line r."""
     prompt_blocks: int | None = None
     """Cache blocks that the contexts of the rows behind ``decode_rows`` take together, or more; None: not counted."""
+
+
+FEWEST_SPARED = 4
+"""Tokens of a step for each that is read, from which on it gains by ``LastTokens``."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastTokens:
+    """The S >= 1 tokens of a step whose results are read: the last layer computes the KV of all others and no more."""
+
+    tokens: torch.Tensor
+    """(S,) flat tokens of the step."""
+    batch: Batch
+    """A step of S rows that have one of them each."""
+
+    @classmethod
+    def of(
+        cls,
+        step: Batch,
+        tokens: torch.Tensor,
+        context_lengths: torch.Tensor,
+        block_tables: torch.Tensor,
+        table_rows: torch.Tensor | None = None,
+    ) -> LastTokens:
+        """Each is the last of a row; the others are the (S,) rows' lengths and tables, as a ``Batch`` has them."""
+        count = tokens.shape[0]
+        batch = Batch(
+            token_ids=step.token_ids.index_select(0, tokens),
+            positions=step.positions.index_select(0, tokens),
+            cache_slots=step.cache_slots.index_select(0, tokens),
+            query_starts=torch.arange(count + 1, dtype=torch.int32, device=tokens.device),
+            context_lengths=context_lengths,
+            block_tables=block_tables,
+            decode_rows=count,
+            longest_query=1,
+            longest_context=step.longest_context,
+            table_rows=table_rows,
+        )
+        return cls(tokens, batch)

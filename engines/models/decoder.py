@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from engines.kernels import Fusion, GroupedQueries, RmsNorm, Stream, grouped_query_attention
-from engines.models.batch import Batch, KvLayout, LayerCache
+from engines.kernels import (
+    Fusion,
+    GroupedQueries,
+    RmsNorm,
+    Stream,
+    grouped_query_attention,
+    last_query_attention,
+)
+from engines.models.batch import Batch, KvLayout, LastTokens, LayerCache
 from engines.models.config import DecoderConfig
 from engines.models.layers import Linear, ModelBuilder
 from engines.models.model import Layer
@@ -33,10 +40,20 @@ class GroupedQueryAttention:
         )
 
     def __call__(
-        self, stream: Stream, norm: RmsNorm, batch: Batch, cache: LayerCache, next_norm: RmsNorm | None = None
+        self,
+        stream: Stream,
+        norm: RmsNorm,
+        batch: Batch,
+        cache: LayerCache,
+        next_norm: RmsNorm | None = None,
+        last: LastTokens | None = None,
     ) -> Stream:
         qkv = self.qkv(stream, Fusion(norm=norm))
-        attended = grouped_query_attention(qkv, self.shape, cache, batch)
+        if last is None:
+            attended = grouped_query_attention(qkv, self.shape, cache, batch)
+        else:
+            stream = Stream(stream.hidden.index_select(0, last.tokens))
+            attended = last_query_attention(qkv, self.shape, cache, batch, last.tokens, last.batch)
         return self.output.add_to(stream, attended, next_norm)
 
 

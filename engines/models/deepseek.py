@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from engines.kernels import Fusion, LatentQueries, RmsNorm, Stream, dense, latent_attention, pack_latent_up
-from engines.models.batch import Batch, KvLayout, LayerCache
+from engines.kernels import (
+    Fusion,
+    LatentQueries,
+    RmsNorm,
+    Stream,
+    dense,
+    last_latent_attention,
+    latent_attention,
+    pack_latent_up,
+)
+from engines.models.batch import Batch, KvLayout, LastTokens, LayerCache
 from engines.models.config import DeepseekConfig
 from engines.models.experts import Experts
 from engines.models.layers import Linear, ModelBuilder
@@ -56,7 +65,13 @@ class LatentAttention:
         self.inputs: Linear = builder.linear(latents, config.hidden, "none", config.attention_bias)
 
     def __call__(
-        self, stream: Stream, norm: RmsNorm, batch: Batch, cache: LayerCache, next_norm: RmsNorm | None = None
+        self,
+        stream: Stream,
+        norm: RmsNorm,
+        batch: Batch,
+        cache: LayerCache,
+        next_norm: RmsNorm | None = None,
+        last: LastTokens | None = None,
     ) -> Stream:
         inputs = self.inputs(stream, Fusion(norm=norm))
         latents = inputs[:, inputs.shape[1] - self.latent_width :]
@@ -66,7 +81,11 @@ class LatentAttention:
             queries = self.query(inputs[:, : self.query_rank], Fusion(norm=self.query_norm))
         else:
             queries = self.query(stream, Fusion(norm=norm))
-        attended = latent_attention(queries, latents, self.shape, cache, batch)
+        if last is None:
+            attended = latent_attention(queries, latents, self.shape, cache, batch)
+        else:
+            stream = Stream(stream.hidden.index_select(0, last.tokens))
+            attended = last_latent_attention(queries, latents, self.shape, cache, batch, last.tokens, last.batch)
         return self.output.add_to(stream, attended, next_norm)
 
 

@@ -8,18 +8,24 @@ from typing import Protocol
 import torch
 
 from engines.kernels import Fusion, RmsNorm, Stream
-from engines.models.batch import Batch, KvLayout, LayerCache
+from engines.models.batch import Batch, KvLayout, LastTokens, LayerCache
 from engines.models.layers import Embedding, Linear
 
 
 class Attention(Protocol):
     def __call__(
-        self, stream: Stream, norm: RmsNorm, batch: Batch, cache: LayerCache, next_norm: RmsNorm | None = None
+        self,
+        stream: Stream,
+        norm: RmsNorm,
+        batch: Batch,
+        cache: LayerCache,
+        next_norm: RmsNorm | None = None,
+        last: LastTokens | None = None,
     ) -> Stream:
         """The residual stream and its norm before attention -> the stream after; writes the step's KV.
 
         ``next_norm`` reads the stream next: what the kernel at hand can compute of it goes along. The stream
-        after may lie in the memory of the one before.
+        after may lie in the memory of the one before. With ``last`` it has those tokens only.
         """
 
 
@@ -57,19 +63,26 @@ class Model:
     """All that was allocated at load: weights and the table of positions."""
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
-        """Write the tokens' KV into ``caches`` (one a layer) and return their residual stream, (T, hidden)."""
-        return self.through_layers(self.embedding(batch.token_ids), batch, caches)
+    def forward(self, batch: Batch, caches: list[LayerCache], last: LastTokens | None = None) -> torch.Tensor:
+        """Write the tokens' KV into ``caches`` (one a layer) and return their residual stream, (T, hidden).
+
+        Or that of ``last`` alone, (S, hidden), which saves most of the last layer.
+        """
+        return self.through_layers(self.embedding(batch.token_ids), batch, caches, last)
 
     @torch.inference_mode()
-    def through_layers(self, hidden: torch.Tensor, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
+    def through_layers(
+        self, hidden: torch.Tensor, batch: Batch, caches: list[LayerCache], last: LastTokens | None = None
+    ) -> torch.Tensor:
         """As ``forward``, from the tokens' (T, hidden) embeddings on, whose memory may be taken."""
         stream = Stream(hidden)
         # What follows the last layer takes some rows only: their norm is cheap.
         following = [layer.attention_norm for layer in self.layers[1:]] + [None]
         for layer, cache, next_norm in zip(self.layers, caches, following, strict=True):
             between = layer.feed_forward_norm if layer.feed_forward.takes_handover else None
-            stream = layer.attention(stream, layer.attention_norm, batch, cache, between)
+            ending = last if layer is self.layers[-1] else None
+            stream = layer.attention(stream, layer.attention_norm, batch, cache, between, ending)
+            batch = batch if ending is None else ending.batch
             stream = layer.feed_forward(stream, layer.feed_forward_norm, batch, next_norm)
         return stream.hidden
 

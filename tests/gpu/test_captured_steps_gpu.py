@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from engines.generation.captured_steps import TOKEN_SIZES
 from engines.generation.engine import GenerationEngine
 from engines.kernels import gumbel_noise
 from engines.manifest import read_manifest
@@ -102,7 +103,7 @@ def test_graphs_are_captured(engine: GenerationEngine, folder: Path) -> None:
         return
     assert capacity.graph_rows == (1, 2, 4, 8, 16, 24, 32, 40)
     longest = 64 if "deepseek" in folder.name else 512
-    assert capacity.graph_tokens == tuple(size for size in (16, 32, 64, 128, 192, 256, 384, 512) if size <= longest)
+    assert capacity.graph_tokens == tuple(size for size in TOKEN_SIZES if size <= min(longest, 512))
 
 
 def test_float32_tokens_are_those_without_graphs(engine: GenerationEngine) -> None:

@@ -63,6 +63,7 @@ class TritonKernels:
         self.fits_latents = mla.fits
         self.attend_latents = mla.attend_latents
         self.attend_mixed_latents = mla.attend_mixed
+        self.write_latents = mla.write_latents
         self.fits_prompts = mla_prefill.fits
         self.mixture = mixture.mixture
         self.sorted_mixture = mixture.sorted_mixture

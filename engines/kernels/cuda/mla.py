@@ -92,6 +92,18 @@ def attend_mixed(
     return output.view(queries.shape[0], -1)
 
 
+def write_latents(
+    queries: torch.Tensor,
+    latents: torch.Tensor,
+    shape: LatentQueries,
+    cache: torch.Tensor,
+    batch: AttentionBatch,
+    scales: torch.Tensor | None = None,
+) -> None:
+    """Norm, rope and cache write of the latents, nothing else. Queries are turned in place."""
+    prepare(queries, latents, shape, cache, batch, 0, False, scales)
+
+
 def prepare_tile(decodes: int) -> tuple[int, int]:
     """Tokens and columns of the rank in a program's tile."""
     return 16, 64 if decodes <= 16 else 128

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engines.manifest import read_manifest
+from engines.models.batch import LastTokens
 from engines.models.loader import Model
 from tests.paged_rows import PagedRows
 from tests.unit.models.checkpoints import FAMILIES, load, write_config
@@ -41,3 +42,17 @@ def test_neighbours_and_chunks_change_no_bit(model: Model) -> None:
                     share[row] = prompts[row][rows.lengths[row] :][: draw.choice([1, 1, 3, 7, left])]
             parts.append(rows.step(share)[0])
         assert torch.equal(torch.cat(parts), expected), f"trial {trial}"
+
+
+def test_the_last_layer_of_the_wanted_tokens_alone_changes_no_bit_of_them_nor_of_what_follows(model: Model) -> None:
+    draw = random.Random(2)
+    shares = {row: [draw.randrange(200) for _ in range(count)] for row, count in enumerate((1, 1, 9, 14, 5))}
+    later = {row: [draw.randrange(200)] for row in shares}
+    whole, spared = (PagedRows(model, len(shares), LENGTH) for _ in range(2))
+    expected = model.forward(whole.batch(shares), whole.caches)
+    batch, rows = spared.batch(shares), torch.tensor([1, 4, 2])
+    tokens = batch.query_starts[rows + 1].long() - 1
+    last = LastTokens.of(batch, tokens, batch.context_lengths[rows], batch.block_tables[rows])
+    assert torch.equal(model.forward(batch, spared.caches, last), expected[tokens])
+    after, after_spared = whole.step(later), spared.step(later)
+    assert all(torch.equal(after[row], after_spared[row]) for row in later)
