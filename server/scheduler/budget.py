@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,9 +18,12 @@ COLD_CHUNK = 256
 """Most prompt tokens of a step with a latency bound, before the model has seen steps to predict from."""
 TRUST = 4
 """A prediction is trusted for steps up to so many times the largest that was seen."""
+PUT_OFF = 0.5
+"""A first token may come later by this share of a step of decodes where all streams get a token more meanwhile."""
 
-Bound = Literal["", "tokens", "trust", "time"]
-"""What keeps prompt tokens out of a step: its size, predictions that reach no further, what it may take."""
+Bound = Literal["", "tokens", "trust", "time", "padding"]
+"""What keeps prompt tokens out of a step: its size, predictions that reach no further, what it may take, or a captured
+graph that they would fill in part only."""
 
 
 class StepBudget:
@@ -88,6 +91,29 @@ class StepBudget:
         """Somebody needs the step to take no longer than this, if what is in it allows that."""
         if self._model.predict(self.work) <= seconds:
             self._seconds = min(self._seconds, seconds)
+
+    def fill_graph(self, wanted: int) -> None:
+        """Leave to the next step what of ``wanted`` prompt tokens would fill a captured graph in part only.
+
+        The step then takes what the largest graph that they do fill takes, and its streams, and prompts that it
+        completes, have their tokens sooner. The last prompt waits for the next step, and hardly longer than it would
+        have waited for one that is padded up: otherwise nothing is left out.
+        """
+        decodes, graphs = self.work.tokens, self._graphs
+        tokens = decodes + min(wanted, self.tokens)
+        index = bisect_left(graphs, tokens)
+        if not 0 < index < len(graphs) or graphs[index - 1] <= decodes:
+            return
+        filled, padded = graphs[index - 1], graphs[index]
+        rest = graphs[bisect_left(graphs, decodes + tokens - filled)]
+        later = self._seconds_of(filled) + self._seconds_of(rest) - self._seconds_of(padded)
+        if later <= PUT_OFF * self._seconds_of(decodes):
+            self.tokens = filled - decodes
+            self._size = "padding"
+
+    def _seconds_of(self, tokens: int) -> float:
+        """Of a step of so many tokens, these decodes among them."""
+        return self._model.predict(StepWork(self.work.rows, tokens, decode_pairs=self.work.decode_pairs))
 
     def _fit(self, start: int) -> int:
         if self._seconds == math.inf:

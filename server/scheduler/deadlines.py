@@ -21,6 +21,10 @@ SOFT_TTFT = 1.0
 SOFT_PROMPT_RATE = 4000
 """... prompt tokens a second."""
 SOFT_TPOT = 0.05
+SOFT_STEP = 0.03
+"""Longest step beside streams without a target while prompts wait no longer than they usually do, ..."""
+SOFT_DECODES = 0.2
+"""... or longer, so that decodes alone are no larger share of it, up to what ``STRETCH`` gives."""
 SOFT_LAG = (0.25, 4.0)
 """Seconds that a stream without a target may fall behind, at least and at most. Between them it is what the prompts of
 now wait for their first tokens: whoever runs waits no longer than those who do not, and no less while a burst lasts."""
@@ -29,8 +33,10 @@ STRICT = 0.97
 IDLE_STEP = 0.25
 """Longest step while nobody decodes, so that the next arrival does not wait long."""
 STEP_SHARE = 0.25
-"""Share of the TTFT target that one step may take: a prompt may arrive behind two launched steps. Where no stream has a
-target, the same share of what prompts wait as it is."""
+"""Share of the TTFT target that one step may take: a prompt may arrive behind two launched steps."""
+WAIT_SHARE = 0.3
+"""Share of what prompts wait as it is that one step may take where no stream has a target: it makes them wait little
+longer, and in a burst steps are full."""
 STRETCH = 2.0
 """TPOT is a mean over a stream, so one step may take this many times the target where slack allows and it saves a
 first token."""
@@ -95,15 +101,17 @@ class Outlook:
     backlog: bool = False
     """It is what prompts wait that says how long a step may take."""
 
-    def bear(self, slack: float, wait: float) -> None:
+    def bear(self, slack: float, wait: float, alone: float) -> None:
         """There are streams for whose TPOT nobody asked, and prompts that wait so many seconds for their first tokens.
 
-        ``slack`` is that of these streams were they to keep the built-in pace.
+        ``slack`` is that of these streams were they to keep the built-in pace, ``alone`` the predicted time of a step
+        without prompts.
         """
         least, most = SOFT_LAG
         self.lag = min(max(wait, least), most)
         self.slack = min(self.slack, slack + self.lag)
-        usual, longer = SOFT_TPOT * STRETCH, min(wait * STEP_SHARE, IDLE_STEP)
+        usual = min(max(SOFT_STEP, alone / SOFT_DECODES), SOFT_TPOT * STRETCH)
+        longer = min(wait * WAIT_SHARE, IDLE_STEP)
         self.backlog = usual < longer < self.tpot
         self.tpot = min(self.tpot, max(usual, longer))
 

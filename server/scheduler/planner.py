@@ -121,8 +121,15 @@ class Planner:
             self.tally.decisions[f"step bound by {bound}"] += 1
             self._tell_unreachable(survey)
         budget = StepBudget(survey.work, most - tokens, seconds, floor, self._model, capacity.graph_tokens)
+        if self._law.budget == "slack" and self._model.warm:
+            budget.fill_graph(self._wanted(survey))
         self.token_budget = tokens + budget.limit()
         return budget
+
+    def _wanted(self, survey: Survey) -> int:
+        """Prompt tokens that the next step could take."""
+        waiting = 0 if self._residents.full else self._waiting.tokens
+        return waiting + sum(state.pending for state in survey.prompts)
 
     def _tell_unreachable(self, survey: Survey) -> None:
         outlook = survey.outlook

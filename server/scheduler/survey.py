@@ -61,11 +61,11 @@ def survey_of(residents: Iterable[SequenceState], waiting: WaitingQueue, model: 
         if aim.asked_ttft and aim.ttft < ttft:
             ttft = aim.ttft
     outlook.slack, outlook.tpot, outlook.ttft, outlook.asked = least - start, tpot, ttft, tpot < math.inf
-    rank = next((state.rank for state in decodes if not state.aim.asked_tpot), None)
-    if rank is not None:
-        outlook.bear(soft - start, _prompts_wait(survey.prompts, waiting, rank, model, start))
     survey.work = StepWork(rows=len(decodes), tokens=len(decodes), decode_pairs=pairs)
     survey.alone = model.predict(survey.work)
+    rank = next((state.rank for state in decodes if not state.aim.asked_tpot), None)
+    if rank is not None:
+        outlook.bear(soft - start, _prompts_wait(survey.prompts, waiting, rank, model, start), survey.alone)
     return survey
 
 

@@ -117,6 +117,11 @@ class WaitingQueue:
     def __contains__(self, state: SequenceState) -> bool:
         return state in self._classes[state.rank].sizes
 
+    @property
+    def tokens(self) -> int:
+        """To compute, of all items."""
+        return sum(queue.tokens for queue in self._classes)
+
     def push(self, state: SequenceState) -> None:
         self._shares.came(state.rank)
         self._classes[state.rank].push(state)

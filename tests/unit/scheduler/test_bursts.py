@@ -7,13 +7,18 @@ import pytest
 from engines.protocol import Capacity
 from server.scheduler.budget import SOFT_CHUNK
 from server.scheduler.config import SchedulerConfig
-from server.scheduler.deadlines import SOFT_LAG, SOFT_TPOT, STRETCH
+from server.scheduler.deadlines import SOFT_DECODES, SOFT_LAG, SOFT_TPOT, STRETCH, WAIT_SHARE
 from tests.unit.scheduler.decoding_rig import chunk, machine, rig_with_decodes, slow_machine
 from tests.unit.scheduler.rig import Rig
 
 
 def test_without_a_target_steps_are_bounded_but_never_small() -> None:
-    assert chunk(rig_with_decodes(SchedulerConfig())) == pytest.approx((STRETCH * SOFT_TPOT - 0.0108) / 1e-4, rel=0.1)
+    def within(seconds: float) -> object:
+        return pytest.approx((seconds - 0.0108) / 1e-4, rel=0.1)
+
+    assert chunk(rig_with_decodes(SchedulerConfig()), length=1000) == within(0.0108 / SOFT_DECODES)
+    # More tokens wait longer, and a step may take its share of that.
+    assert chunk(rig_with_decodes(SchedulerConfig()), length=3000) == within(3000 * 1e-4 * WAIT_SHARE)
     assert chunk(rig_with_decodes(SchedulerConfig(), seconds=slow_machine)) == SOFT_CHUNK
 
 

@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 
 from server.scheduler.config import SchedulerConfig
-from server.scheduler.deadlines import BEST_EFFORT, IDLE_STEP, SOFT_LAG, SOFT_TPOT, STEP_SHARE, STRETCH, Outlook, aim_of
+from server.scheduler.deadlines import (
+    BEST_EFFORT,
+    IDLE_STEP,
+    SOFT_DECODES,
+    SOFT_LAG,
+    SOFT_STEP,
+    SOFT_TPOT,
+    STEP_SHARE,
+    STRETCH,
+    WAIT_SHARE,
+    Outlook,
+    aim_of,
+)
 from tests.unit.scheduler.rig import Rig
 
 
@@ -49,8 +61,8 @@ class TestOutlook:
     @pytest.mark.parametrize(
         ("wait", "lag", "step", "bound"),
         [
-            (0.1, SOFT_LAG[0], STRETCH * SOFT_TPOT, "pace"),
-            (0.6, 0.6, 0.6 * STEP_SHARE, "backlog"),
+            (0.09, SOFT_LAG[0], SOFT_STEP, "pace"),
+            (0.6, 0.6, 0.6 * WAIT_SHARE, "backlog"),
             (9.0, SOFT_LAG[1], IDLE_STEP, "backlog"),
         ],
     )
@@ -58,9 +70,16 @@ class TestOutlook:
         self, wait: float, lag: float, step: float, bound: str
     ) -> None:
         outlook = Outlook()
-        outlook.bear(0.04, wait)
+        outlook.bear(0.04, wait, 0.005)
         assert (outlook.lag, outlook.slack) == (lag, 0.04 + lag)
-        self.check(outlook, (0.01, 0.0, 1.0, False), step, bound)
-        asked = Outlook(slack=0.03, tpot=0.05)
-        asked.bear(0.04, wait)
-        self.check(asked, (0.01, 0.0, 1.0, False), 0.03, "slack")
+        self.check(outlook, (0.005, 0.0, 1.0, False), step, bound)
+        asked = Outlook(slack=0.02, tpot=0.05)
+        asked.bear(0.04, wait, 0.005)
+        self.check(asked, (0.005, 0.0, 1.0, False), 0.02, "slack")
+
+    @pytest.mark.parametrize(("alone", "step"), [(0.001, SOFT_STEP), (0.01, 0.01 / SOFT_DECODES), (0.04, 0.1)])
+    def test_where_decodes_take_long_a_step_may_too(self, alone: float, step: float) -> None:
+        outlook = Outlook()
+        outlook.bear(0.04, 0.0, alone)
+        self.check(outlook, (alone, 0.0, 1.0, False), step, "pace")
+        assert step <= STRETCH * SOFT_TPOT

@@ -133,13 +133,13 @@ class TestPlanning:
             rig.offer(rig.item([1] * length, max_tokens=4))
             rig.run()
         assert rig.load().step_error_p95 < 0.02
-        rig.offer(rig.item([1] * 130, max_tokens=4))
+        rig.offer(rig.item([1] * 400, max_tokens=4))
         padding = []
         for _ in range(3):
             rig.tick()
             rig.tick()
             padding.append(rig.scheduler.settled_work.padding)
-        assert padding[0] == 512 - 130
+        assert padding[0] == 512 - 400
         assert padding[-1] == 4 - 1
 
     def test_graphs_may_be_captured_later(self) -> None:

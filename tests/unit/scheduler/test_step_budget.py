@@ -73,6 +73,25 @@ def test_rows_share_a_captured_graph() -> None:
     assert budget.cut == "time"
 
 
+@pytest.mark.parametrize(
+    ("wanted", "decodes", "tokens"),
+    [
+        (300, 8, 248),  # 256 and then 64 take 52 ms together, 512 take 61
+        (500, 8, 500),  # 512, whatever is left out
+        (256, 0, 256),
+        (60, 8, 56),
+        (600, 8, 600),  # larger than all graphs: nothing is padded
+        (40, 8, 40),
+        (30, 70, 30),  # decodes alone fill the smaller graph
+    ],
+)
+def test_what_fills_a_graph_in_part_only_is_left_to_the_next_step(wanted: int, decodes: int, tokens: int) -> None:
+    budget = StepBudget(StepWork(rows=decodes, tokens=decodes), 5000, math.inf, 0, known_machine(), (64, 256, 512))
+    budget.fill_graph(wanted)
+    assert budget.take(0, wanted) == tokens
+    assert budget.cut == ("padding" if tokens < wanted else "")
+
+
 def test_predictions_are_trusted_near_what_was_seen_only() -> None:
     assert budget_of(100_000, 100.0).limit() == 4 * 500
     assert budget_of(100_000, math.inf).limit() == 100_000
