@@ -18,7 +18,7 @@ from engines.generation.logit_edits import apply_edits
 from engines.generation.logprobs import normalized, score
 from engines.generation.rows import RowStates
 from engines.generation.step_inputs import Integers, edits_of, leading_ones, prompt_scorings
-from engines.generation.transfer import to_device, to_host
+from engines.generation.transfer import reserve_pinned, to_device, to_host
 from engines.kernels.cuda.launch import Launcher
 from engines.kernels.cuda.sampling import draw_rows
 from engines.kernels.cuda.truncation import Truncates
@@ -88,6 +88,8 @@ class GpuStepRunner:
         self._capacity = capacity
         self._device = device
         self._clock = clock
+        if device.type == "cuda":
+            reserve_pinned()
         self._state = DeviceState(capacity, device)
         self._states = RowStates(capacity, model.vocab_size, device, self._state)
         self._counts = torch.zeros((capacity.max_rows, model.vocab_size), dtype=torch.int32, device=device)

@@ -58,5 +58,6 @@ def _sample(rows: list[tuple[int, int]], seconds: float) -> StepSample:
         tokens=sum(count for _, count in rows),
         decode_pairs=sum(start + 1 for start, count in rows if count == 1),
         prompt_pairs=sum(count * (start + (count + 1) / 2) for start, count in rows if count > 1),
+        prompt_start=max((start for start, count in rows if count > 1), default=0),
         seconds=seconds,
     )

@@ -8,9 +8,18 @@ import numpy as np
 import torch
 
 _ALIGNMENT = 16
+_LARGEST_PINNED, _PINNED_BLOCKS = 1 << 20, 6
+"""Bytes; and blocks of each size, a power of two: those of two steps on their way."""
 _DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.float32}
 
 HostArray = np.ndarray[tuple[int, ...], np.dtype[np.int32 | np.int64 | np.float32]]
+
+
+def reserve_pinned() -> None:
+    """Let torch's host allocator take what steps usually need at once: the driver stops the device to pin memory."""
+    sizes = [1 << power for power in range(_LARGEST_PINNED.bit_length())]
+    # All at once, or each would be the one before.
+    [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(_PINNED_BLOCKS)]
 
 
 def to_device(arrays: Sequence[HostArray], device: torch.device) -> list[torch.Tensor]:
