@@ -34,6 +34,11 @@ GRAPH_BYTES = 4 << 20
 _log = logging.getLogger(__name__)
 
 
+def row_sizes(max_rows: int) -> list[int]:
+    """Rows that steps of decodes are filled up to, ascending."""
+    return sorted({size for size in ROW_SIZES if size <= max_rows} | {max_rows})
+
+
 @dataclass(frozen=True, slots=True)
 class GraphSize:
     """Rows of a graph of decodes, or flat tokens of any other."""
@@ -63,7 +68,7 @@ class CapturedSteps:
         self._capacity = capacity
         self._left = memory
         device = state.tokens.device
-        rows = sorted({size for size in ROW_SIZES if size <= capacity.max_rows} | {capacity.max_rows})
+        rows = row_sizes(capacity.max_rows)
         tokens = [size for size in TOKEN_SIZES if size <= min(capacity.max_step_tokens, _longest(model))]
         self._pending = [GraphSize(size, True) for size in rows] + [GraphSize(size, False) for size in tokens]
         self._wanted: dict[GraphSize, int] = {}
@@ -118,14 +123,16 @@ class CapturedSteps:
             return False
         size = self._next()
         self._pending.remove(size)
-        if not size.decodes and self._longest_gain is None:
-            self._longest_gain = longest = self._longest_gaining(size)
-            self._pending = [one for one in self._pending if one.decodes or one.count <= longest]
-            if size.count > longest:
-                return bool(self._pending)
-        before = torch.cuda.memory_reserved()
         # All rows are padding: what runs before the capture writes nothing.
         self._state.clear_rows()
+        if not size.decodes:
+            if self._longest_gain is None:
+                self._longest_gain = self._longest_gaining(size)
+            if size.count > self._longest_gain:
+                # Libraries load a kernel when it is first launched, and the device stands still meanwhile.
+                self._step_of(size)()
+                return bool(self._pending)
+        before = torch.cuda.memory_reserved()
         self._graphs[size] = self._capture(self._step_of(size))
         taken = torch.cuda.memory_reserved() - before + GRAPH_BYTES
         if taken > self._left:
@@ -150,7 +157,6 @@ class CapturedSteps:
     def _longest_gaining(self, size: GraphSize) -> float:
         """Tokens of the longest step that gains by a graph, after the times of one of this size, the longest of all."""
         step = self._step_of(size)
-        self._state.clear_rows()
         step()
         torch.cuda.synchronize()
         begin, started = timestamp(), time.perf_counter()

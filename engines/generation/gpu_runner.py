@@ -5,13 +5,14 @@ Needs Triton; ``runner.StepRunner`` serves every other device.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from engines.generation.captured_steps import CapturedSteps, prepare
+from engines.generation.captured_steps import CapturedSteps, prepare, row_sizes
 from engines.generation.device_state import DeviceState, Words
 from engines.generation.launched import LaunchedStep, score_prompts, timestamp
 from engines.generation.logit_edits import apply_edits
@@ -25,6 +26,9 @@ from engines.kernels.cuda.truncation import Truncates
 from engines.models.batch import FEWEST_SPARED, Batch, LastTokens, LayerCache
 from engines.models.model import Model
 from engines.protocol import Capacity, Row, StepPlan
+
+MULTIPLE = 64
+"""What the tokens of a step without a graph are filled up to a multiple of, if it has more: see ``_Rows.ending``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +54,14 @@ class _Rows:
     def all_decode(self) -> bool:
         return len(self.drawing) == len(self.slots) == self.decodes
 
-    @property
-    def ending(self) -> Integers:
-        """Rows whose last tokens the last layer computes, where it computes no others: the drawing ones, or any one."""
-        return self.drawing if len(self.drawing) else np.array([len(self.slots) - 1], np.int64)
+    def ending(self, sizes: Sequence[int]) -> Integers:
+        """Rows whose last tokens the last layer computes, where it computes no others: the drawing ones, or any one.
+
+        Repeated up to the next of ``sizes``: each number of rows would have library kernels of its own, and the
+        device stands still while one is loaded.
+        """
+        rows = self.drawing if len(self.drawing) else np.array([len(self.slots) - 1], np.int64)
+        return np.pad(rows, (0, sizes[bisect_left(sizes, len(rows))] - len(rows)), mode="edge")
 
 
 def _read(rows: Sequence[Row]) -> _Rows:
@@ -86,6 +94,7 @@ class GpuStepRunner:
         self._model = model
         self._caches = caches
         self._capacity = capacity
+        self._row_sizes = row_sizes(capacity.max_rows)
         self._device = device
         self._clock = clock
         if device.type == "cuda":
@@ -126,7 +135,7 @@ class GpuStepRunner:
     def rehearse(self, rows: Sequence[Row], truncates: Truncates) -> None:
         """Launch what an eager step of these rows launches on the device, on the meta device: see ``rehearsal``."""
         step = _read(rows)
-        logits = self._logits(step, self._eager(step, whole=False))
+        logits = self._logits(step, *self._eager(step, whole=False))
         if logits is not None:
             self._drawn(step, logits, truncates)
 
@@ -139,7 +148,7 @@ class GpuStepRunner:
             np.pad(rows.slots.astype(np.int32), (0, padding)),
         )
         if not rows.all_decode:
-            ending = rows.ending
+            ending = rows.ending(self._row_sizes)
             last: Words = (rows.query_starts[1:][ending] - 1).astype(np.int32)
             self._state.write_draws(rows.slots[ending].astype(np.int32), rows.ends[ending].astype(np.int32), last)
         self._state.flush()
@@ -150,29 +159,29 @@ class GpuStepRunner:
             self._draw(launched, rows, self.captured.logits(plan.graph_rows)[: len(plan.rows)])
             return launched
         prompts = prompt_scorings(plan.rows, self._states, rows.slots, rows.query_starts)
-        hidden = self._hidden(plan, rows, whole=bool(prompts))
-        logits = self._logits(rows, hidden)
+        hidden, picked = self._hidden(plan, rows, whole=bool(prompts))
+        logits = self._logits(rows, hidden, picked)
         if logits is not None:
             self._draw(launched, rows, logits)
         launched.prompts = score_prompts(prompts, hidden, self._state.tokens, self._model.logits)
         return launched
 
-    def _hidden(self, plan: StepPlan, rows: _Rows, whole: bool) -> torch.Tensor:
-        """States of all tokens; unless ``whole``, perhaps those of ``rows.ending`` alone."""
+    def _hidden(self, plan: StepPlan, rows: _Rows, whole: bool) -> tuple[torch.Tensor, bool]:
+        """States of all tokens, or True and those of ``rows.ending`` alone, which is not done if ``whole``."""
         if self.captured is not None:
             if plan.graph_tokens:
-                return self.captured.hidden(plan.graph_tokens)
+                return self.captured.hidden(plan.graph_tokens), False
             self.captured.missed(rows.tokens, rows.all_decode)
         return self._eager(rows, whole)
 
-    def _eager(self, rows: _Rows, whole: bool) -> torch.Tensor:
+    def _eager(self, rows: _Rows, whole: bool) -> tuple[torch.Tensor, bool]:
         batch = self._batch(rows)
         prepare(batch, self._state, self._capacity.block_size)
         last = None if whole or rows.all_decode else self._last(rows, batch)
-        return self._model.forward(batch, self._caches, last)
+        return self._model.forward(batch, self._caches, last), last is not None
 
     def _last(self, rows: _Rows, batch: Batch) -> LastTokens | None:
-        count, state = len(rows.ending), self._state
+        count, state = len(rows.ending(self._row_sizes)), self._state
         if count * FEWEST_SPARED > rows.tokens:
             return None
         tokens, lengths, slots = (part[:count] for part in (state.draw_tokens, state.draw_places, state.draw_slots))
@@ -181,8 +190,10 @@ class GpuStepRunner:
     def _batch(self, rows: _Rows) -> Batch:
         """Inputs of exactly these rows."""
         count, state = len(rows.slots), self._state
-        inputs = torch.empty((3, -(-rows.tokens // 2) * 2), dtype=torch.int64, device=self._device)
-        token_ids, positions, cache_slots = (line[: rows.tokens] for line in inputs)
+        # As in a graph, what comes behind the last row is padding.
+        multiple = MULTIPLE if rows.tokens > MULTIPLE and not rows.all_decode else 2
+        inputs = torch.empty((3, -(-rows.tokens // multiple) * multiple), dtype=torch.int64, device=self._device)
+        token_ids, positions, cache_slots = inputs if multiple == MULTIPLE else inputs[:, : rows.tokens]
         return Batch(
             token_ids=token_ids,
             positions=positions,
@@ -197,12 +208,12 @@ class GpuStepRunner:
             prompt_blocks=int((-(-rows.ends[rows.decodes :] // self._capacity.block_size)).sum()),
         )
 
-    def _logits(self, rows: _Rows, hidden: torch.Tensor) -> torch.Tensor | None:
+    def _logits(self, rows: _Rows, hidden: torch.Tensor, picked: bool) -> torch.Tensor | None:
         if not len(rows.drawing):
             return None
-        if len(hidden) > len(rows.drawing):
-            hidden = hidden.index_select(0, self._state.draw_tokens[: len(rows.drawing)])
-        return self._model.logits(hidden)
+        if not rows.all_decode and not picked:
+            hidden = hidden.index_select(0, self._state.draw_tokens[: len(rows.ending(self._row_sizes))])
+        return self._model.logits(hidden)[: len(rows.drawing)]
 
     def _draw(self, launched: LaunchedStep, rows: _Rows, logits: torch.Tensor) -> None:
         state = self._state
