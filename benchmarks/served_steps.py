@@ -39,6 +39,7 @@ class LoggedWork(msgspec.Struct):
     tokens: int
     decode_pairs: float
     prompt_pairs: float
+    prompt_start: int = 0
     padding: int = 0
     """Tokens that filled a captured graph up."""
 
@@ -72,7 +73,7 @@ def merged(steps: Sequence[LoggedStep], most: int = MOST_SHAPES) -> list[StepSam
 
 
 def _size(work: LoggedWork, sizes_in_a_doubling: float) -> tuple[int, ...]:
-    figures = (work.rows, work.computed, work.decode_pairs, work.prompt_pairs)
+    figures = (work.rows, work.computed, work.decode_pairs, work.prompt_pairs, work.prompt_start)
     return tuple(round(sizes_in_a_doubling * math.log2(1 + figure)) for figure in figures)
 
 
@@ -83,6 +84,7 @@ def _sample(group: Sequence[LoggedStep]) -> StepSample:
         tokens=round(sum(work.computed for work in works) / len(works)),
         decode_pairs=sum(work.decode_pairs for work in works) / len(works),
         prompt_pairs=sum(work.prompt_pairs for work in works) / len(works),
+        prompt_start=round(sum(work.prompt_start for work in works) / len(works)),
     )
     return StepSample(shape=shape, seconds=[step.took for step in group])
 

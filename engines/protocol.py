@@ -7,15 +7,18 @@ crosses this seam is one of the structs below, so a plan can be encoded, logged,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
-EngineKind = Literal["generation", "fake"]
+from engines.tensors import Signature
+
+EngineKind = Literal["generation", "onnx", "fake"]
 End = Literal["", "stop", "length", "cancelled", "error"]
 """How an item ended; the empty string means that it goes on."""
-Irregular = Literal["", "compile", "capture", "swap"]
-"""What took part of a step's time beside its work: compiling, capturing a graph, moving memory between tiers."""
+Irregular = Literal["", "compile", "capture", "swap", "retry"]
+"""What took part of a step's time beside its work: compiling, capturing a graph, moving memory between tiers, running
+its items one by one because together they failed."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,6 +154,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """None where nobody counted it."""
     gpu: Gpu | None = None
     """None on the CPU."""
+    signature: Signature | None = None
+    """Of a plain model; None where requests are tokens."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -252,6 +257,8 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: list[TokenLogprobs] = []
     """Entries for prompt positions ``start+1 .. start+count`` that lie inside the prompt, where asked for."""
     output: bytes = b""
+    error: str = ""
+    """Why a one-shot item alone failed, for its client; empty where it did not."""
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -277,6 +284,8 @@ class StepSample(msgspec.Struct, frozen=True, kw_only=True):
     """Query-key pairs of the decodes."""
     prompt_pairs: float = 0.0
     """Query-key pairs of longer rows."""
+    prompt_start: int = 0
+    """Most earlier tokens of a longer row."""
     seconds: float
 
 
@@ -317,3 +326,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back all memory. Safe when nothing is in flight."""
+
+
+@runtime_checkable
+class TensorEngine(Engine, Protocol):
+    """An engine of one-shot items, whose inputs are no part of a plan."""
+
+    def put(self, item: int, inputs: bytes) -> None:
+        """Take the packed inputs (``engines.tensors.pack``) of an item of the step that is launched next."""

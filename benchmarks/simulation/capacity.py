@@ -1,7 +1,7 @@
 """The rate of requests at which a device is full, from its coefficients alone: it depends on no policy.
 
 In a steady state of rate r whose steps take s seconds, each step computes r * s requests' worth of work, and
-r * s * output tokens streams are open. So the work of a step, ``base + r * s * work of a request``, must fit in s,
+r * s * output tokens streams are open. So the work of a step, ``bases + r * s * work of a request``, must fit in s,
 and its rows, tokens and KV blocks in the engine's capacity. Longer steps pay the base less often; the shortest target
 of a later token bounds them. The capacity is the highest r over all s.
 """
@@ -60,7 +60,8 @@ def demand(costs: StepCosts, row: GridRow, which: Half) -> Demand:
 
 def requests_per_second(coefficients: Coefficients, wanted: Demand, longest_step: float) -> float:
     """The highest rate that fits, with steps of at most ``longest_step`` seconds."""
-    shortest = min(coefficients.costs.floor or coefficients.costs.base, longest_step)
+    costs = coefficients.costs
+    shortest = min(costs.floor or costs.base + costs.prompt_base, longest_step)
     lengths = (shortest + (longest_step - shortest) * n / _STEP_LENGTHS for n in range(1, _STEP_LENGTHS + 1))
     return max(_rate(coefficients, wanted, seconds) for seconds in lengths)
 
@@ -71,7 +72,7 @@ def _rate(coefficients: Coefficients, wanted: Demand, step: float) -> float:
     if costs.floor_row:
         rows = min(rows, max(0, int((step - costs.floor) / costs.floor_row)))
     return min(
-        max(0.0, step - costs.base) / (step * wanted.work),
+        max(0.0, step - costs.base - costs.prompt_base) / (step * wanted.work),
         rows / (step * wanted.outputs),
         capacity.max_step_tokens / (step * wanted.tokens),
         capacity.blocks * capacity.block_size / (step * wanted.resident),

@@ -25,11 +25,13 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Query-key pairs of the decodes: memory traffic."""
     prompt_pairs: float = 0.0
     """Query-key pairs of longer rows: arithmetic."""
+    prompt_start: int = 0
+    """Most earlier tokens of a longer row."""
 
 
 def shape_of(plan: StepPlan) -> StepShape:
     """Size of a plan's sequence rows, with what fills a captured graph up."""
-    tokens = 0
+    tokens = prompt_start = 0
     decode_pairs = prompt_pairs = 0.0
     for row in plan.rows:
         count = row.count
@@ -38,15 +40,23 @@ def shape_of(plan: StepPlan) -> StepShape:
             decode_pairs += row.start + 1
         else:
             prompt_pairs += count * (row.start + (count + 1) / 2)
+            prompt_start = max(prompt_start, row.start)
     tokens = max(tokens, plan.graph_rows, plan.graph_tokens)
-    return StepShape(rows=len(plan.rows), tokens=tokens, decode_pairs=decode_pairs, prompt_pairs=prompt_pairs)
+    return StepShape(
+        rows=len(plan.rows),
+        tokens=tokens,
+        decode_pairs=decode_pairs,
+        prompt_pairs=prompt_pairs,
+        prompt_start=prompt_start,
+    )
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """seconds = max(floor + floor_row * rows, base + the costs of tokens, rows and pairs), all in seconds.
+    """seconds = max(floor + floor_row * rows, base + the costs of tokens, rows, pairs and prompts), all in seconds.
 
     The floor is what a step takes however small it is: the host that enqueues kernels one by one, or the weights that
-    are read once. Up to there, more tokens cost nothing.
+    are read once. Up to there, more tokens cost nothing. A step with prompts costs ``prompt_base`` more, and
+    ``prompt_start`` for each earlier token of the row that has the most.
     """
 
     floor: float = 0.0
@@ -56,9 +66,11 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     row: float = 0.0
     decode_pair: float = 0.0
     prompt_pair: float = 0.0
+    prompt_base: float = 0.0
+    prompt_start: float = 0.0
 
     def work(self, shape: StepShape) -> float:
-        """Seconds of the second branch without its base: what adds up over steps."""
+        """Seconds of the second branch without its bases: what adds up over steps."""
         return (
             self.token * shape.tokens
             + self.row * shape.rows
@@ -68,7 +80,8 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def seconds(self, shape: StepShape) -> float:
         """Typical time of a step."""
-        return max(self.floor + self.floor_row * shape.rows, self.base + self.work(shape))
+        prompts = self.prompt_base + self.prompt_start * shape.prompt_start if shape.prompt_pairs else 0.0
+        return max(self.floor + self.floor_row * shape.rows, self.base + self.work(shape) + prompts)
 
 
 class HostCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,7 +16,7 @@ _ROUNDS = 50
 """Most re-assignments of the samples to the two branches; a handful is enough."""
 _WORTH = 0.95
 """A floor must make the squared errors this much smaller to be believed."""
-_WORK = ("base", "token", "row", "decode_pair", "prompt_pair")
+_WORK = ("base", "token", "row", "decode_pair", "prompt_pair", "prompt_base", "prompt_start")
 _FLOOR = ("floor", "floor_row")
 
 
@@ -65,7 +65,7 @@ def _fit_from(samples: Sequence[StepSample], cut: int) -> StepCosts:
     costs = StepCosts()
     for _ in range(_ROUNDS):
         costs = _fit_branches(samples, on_floor)
-        moved = [_floor(costs, sample.shape) > costs.base + costs.work(sample.shape) for sample in samples]
+        moved = [costs.seconds(sample.shape) <= _floor(costs, sample.shape) for sample in samples]
         if moved == on_floor:
             break
         on_floor = moved
@@ -86,7 +86,8 @@ def _fit_branches(samples: Sequence[StepSample], on_floor: Sequence[bool]) -> St
 
 
 def _work_features(shape: StepShape) -> list[float]:
-    return [1.0, shape.tokens, shape.rows, shape.decode_pairs, shape.prompt_pairs]
+    prompts = [1.0, shape.prompt_start] if shape.prompt_pairs else [0.0, 0.0]
+    return [1.0, shape.tokens, shape.rows, shape.decode_pairs, shape.prompt_pairs, *prompts]
 
 
 def _floor_features(shape: StepShape) -> list[float]:

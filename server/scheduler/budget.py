@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from server.scheduler.items import StepWork
-from server.scheduler.step_time import StepTimeModel, add_row
+from server.scheduler.step_time import StepTimeModel, add_row, attended_pairs
 
 MIN_CHUNK = 32
 """Prompt tokens that every step may compute whatever the targets of decodes say, so that no prompt starves."""
@@ -113,7 +113,9 @@ class StepBudget:
 
     def _seconds_of(self, tokens: int) -> float:
         """Of a step of so many tokens, these decodes among them."""
-        return self._model.predict(StepWork(self.work.rows, tokens, decode_pairs=self.work.decode_pairs))
+        work, prompt = self.work, tokens - self.work.tokens
+        pairs = attended_pairs(0, prompt)
+        return self._model.predict(StepWork(work.rows, tokens, decode_pairs=work.decode_pairs, prompt_pairs=pairs))
 
     def _fit(self, start: int) -> int:
         if self._seconds == math.inf:

@@ -33,7 +33,8 @@ class ItemUpdate(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: list[TokenLogprobs] = []
     """Complete, in the item's first update, where asked for."""
     output: bytes = b""
-    """Of a one-shot item."""
+    """Of a one-shot item, as is ``error``."""
+    error: str = ""
 
 
 @dataclass(slots=True)
@@ -49,6 +50,8 @@ class StepWork:
     """Query-key pairs in the attention of rows that compute one token: memory traffic."""
     prompt_pairs: float = 0.0
     """Query-key pairs of longer rows: arithmetic."""
+    prompt_start: int = 0
+    """Most earlier tokens of a longer row: its queries go through them one after the other, however few they are."""
     seconds: float = 0.0
     """What the step-time model predicted; 0 where it knew nothing yet."""
     padding: int = 0

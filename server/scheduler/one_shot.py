@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from engines.protocol import Capacity, OneShotRow, StepPlan, StepResult, StepSample
+from engines.protocol import Capacity, OneShotRow, RowResult, StepPlan, StepResult, StepSample
 from server.scheduler.bucket_times import BucketTimes
 from server.scheduler.class_shares import ClassShares
 from server.scheduler.config import SchedulerConfig
@@ -28,6 +28,8 @@ from server.worker.wire import Item
 
 BACKLOG = 2
 """Full batches waiting, above which heads are dropped rather than batches made smaller."""
+MAX_BUCKETS = 1024
+"""Of which step times are kept."""
 log = logging.getLogger(__name__)
 
 
@@ -110,9 +112,16 @@ class OneShotLane:
     def _queue_of(self, bucket: int) -> BucketQueue:
         queue = self._queues.get(bucket)
         if queue is None:
+            self._forget_idle_buckets()
             times = BucketTimes(self._capacity.one_shot_rows, self.errors)
             queue = self._queues[bucket] = BucketQueue(self._law, self._shares, times)
         return queue
+
+    def _forget_idle_buckets(self) -> None:
+        """Of shapes that clients choose there is no end; what was learned of one that nobody uses now goes."""
+        if len(self._queues) >= MAX_BUCKETS:
+            busy = {one.item.bucket for one in self._items.values()}
+            self._queues = {bucket: queue for bucket, queue in self._queues.items() if bucket in busy}
 
     def cancel(self, item: int) -> None:
         """Forget an item, if it is here; what a step in flight gives for it is dropped."""
@@ -154,7 +163,7 @@ class OneShotLane:
         ready = []
         for queue in self._queues.values():
             if len(queue):
-                batch, bound = self._batch(queue, now, start)
+                batch, bound = queue.batch(now, start, self._max_rows, self.errors.safety)
                 # A clock that went back must not make anybody wait for it.
                 if bound or now >= self._ready_at(queue) or now < queue.oldest.offered:
                     ready.append((queue.precedence(batch[0], now), queue, batch, bound))
@@ -207,7 +216,7 @@ class OneShotLane:
             waited = self._in_flight.get(row.item)
             if waited is not None:
                 self._forget(self._items[row.item])
-                updates.append(ItemUpdate(item=row.item, end="stop", queue_seconds=waited, output=given.output))
+                updates.append(_update(given, waited))
         queue = self._queue_of(plan.one_shot[0].bucket)
         if ignored := result.irregular or queue.times.observe(work.rows, result.seconds):
             self.decisions[f"step not learned: {ignored}"] += 1
@@ -219,29 +228,6 @@ class OneShotLane:
         """A batch waits for company while nobody has waited too long and the earliest deadline allows it."""
         slack_ends = queue.earliest_deadline - queue.times.seconds(queue.rows) * self.errors.safety
         return max(queue.oldest.offered, min(queue.oldest.offered + self._config.max_delay, slack_ends))
-
-    def _batch(self, queue: BucketQueue, now: float, start: float) -> tuple[list[WaitingBatch], str]:
-        """What one step would take from the queue, and what keeps later arrivals out of it; empty where nothing does.
-
-        As many as fit with which all of them are in time that can be.
-        """
-        seconds = queue.times.seconds
-        least = math.inf
-        batch: list[WaitingBatch] = []
-        rows = 0
-        for one in queue.ordered(now):
-            more = rows + one.item.rows
-            if more > self._max_rows:
-                return batch, "its size"
-            if self._law.budget == "slack":
-                in_time = (one.deadline - start) / self.errors.safety
-                if seconds(one.item.rows) <= in_time:
-                    least = min(least, in_time)
-                if batch and seconds(more) > least:
-                    return batch, "a deadline"
-            batch.append(one)
-            rows = more
-        return batch, "its size" if rows == self._max_rows else ""
 
     def _drop_late(self, now: float, start: float) -> None:
         while self._expiries and self._expiries[0][0] <= now:
@@ -300,3 +286,9 @@ class OneShotLane:
         self.decisions[reason] += len(one.request)
         for item in one.request:
             self._forget(self._items[item])
+
+
+def _update(given: RowResult, waited: float) -> ItemUpdate:
+    if given.error:
+        return ItemUpdate(item=given.item, end="error", queue_seconds=waited, error=given.error)
+    return ItemUpdate(item=given.item, end="stop", queue_seconds=waited, output=given.output)

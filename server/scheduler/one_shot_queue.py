@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,3 +123,26 @@ class BucketQueue:
             rank, _, key, arrival = self.precedence(entries[index + 1][2], now)
             served += one.item.rows * self.times.per_row / one.account.weight
             heapq.heapreplace(heads, ((rank, served, key, arrival), index + 1, entries))
+
+    def batch(self, now: float, start: float, most_rows: int, safety: float) -> tuple[list[WaitingBatch], str]:
+        """What one step would take, and what keeps later arrivals out of it; empty where nothing does.
+
+        As many as fit with which all of them are in time that can be, with times that are off by the factor ``safety``.
+        """
+        seconds = self.times.seconds
+        least = math.inf
+        chosen: list[WaitingBatch] = []
+        rows = 0
+        for one in self.ordered(now):
+            more = rows + one.item.rows
+            if more > most_rows:
+                return chosen, "its size"
+            if self._law.budget == "slack":
+                in_time = (one.deadline - start) / safety
+                if seconds(one.item.rows) <= in_time:
+                    least = min(least, in_time)
+                if chosen and seconds(more) > least:
+                    return chosen, "a deadline"
+            chosen.append(one)
+            rows = more
+        return chosen, "its size" if rows == most_rows else ""

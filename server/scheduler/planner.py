@@ -13,6 +13,7 @@ from server.scheduler.fairness import TenantAccounts
 from server.scheduler.items import SequenceState, StepWork
 from server.scheduler.lateness import PromptPace
 from server.scheduler.law import Law
+from server.scheduler.preemption import Preemption
 from server.scheduler.residents import Residents
 from server.scheduler.step_time import StepTimeModel, add_row
 from server.scheduler.survey import Survey, survey_of
@@ -47,6 +48,7 @@ class Planner:
         self._waiting = waiting
         self._accounts = accounts
         self._model = model
+        self._preemption = Preemption(residents, waiting, model, tally)
         self._max_tokens = max_tokens
         self._said: set[str] = set()
 
@@ -85,10 +87,8 @@ class Planner:
         if state.slot < 0:
             while not self._residents.fits(state):
                 # The junior of all gives way: a suspect must not wait for ever behind those that come after it.
-                victim = self._residents.lower(-1, self._cost_of_preemption)
-                if victim is None:
+                if not self._preemption.lower(-1, "preempted for a suspect"):
                     return None
-                self.preempt(victim, "preempted for a suspect")
             matched = self._residents.place(state)
             assert matched is not None
             self._placed(draft, state, matched)
@@ -97,7 +97,7 @@ class Planner:
         if state.pending == 0:
             return None
         missing = self._residents.missing_blocks(state, min(state.pending, self._max_tokens))
-        new_blocks = self._make_room(state, missing) if missing > 0 else ()
+        new_blocks = self._preemption.room_for(state, missing) if missing > 0 else ()
         if new_blocks is None:
             return None
         self._compute(draft, state, new_blocks)
@@ -154,39 +154,12 @@ class Planner:
         for state in draft.survey.decodes:
             if state.slot < 0:
                 continue
-            new_blocks = () if self._residents.has_room(state) else self._make_room(state, 1)
+            new_blocks = () if self._residents.has_room(state) else self._preemption.room_for(state, 1)
             if new_blocks is not None:
                 self._add_row(draft, state, 1, new_blocks)
             else:
                 # It keeps what it has, and waits for a senior to end.
                 self.tally.decisions["decode waits for blocks"] += 1
-
-    def _make_room(self, state: SequenceState, missing: int) -> tuple[int, ...] | None:
-        new_blocks = self._residents.grow(state, missing)
-        while new_blocks is None:
-            victim = self._residents.victim(state, self._cost_of_preemption)
-            if victim is None:
-                return None
-            self.preempt(victim, "preempted for blocks")
-            new_blocks = self._residents.grow(state, missing)
-        return new_blocks
-
-    def _cost_of_preemption(self, state: SequenceState) -> float:
-        """Seconds to compute it again, less the slack that it has."""
-        due = state.due()
-        slack = min(due if due < math.inf else state.deadline, 1e9)
-        return self._model.added(state.computed, state.computed * state.computed / 2) - slack
-
-    def preempt(self, state: SequenceState, reason: str) -> None:
-        """Take slot and blocks; all is computed again later, but for blocks that can still be found then."""
-        self._residents.preempt(state)
-        state.computed_before = max(state.computed_before, state.computed)
-        state.computed = 0
-        state.preempted += 1
-        self.tally.preemptions += 1
-        self.tally.decisions[reason] += 1
-        if not state.suspect:
-            self._waiting.push(state)
 
     # --- prompts
 
@@ -199,10 +172,8 @@ class Planner:
         if state.deadline - now > AT_RISK * state.aim.ttft:
             return
         while not self._residents.fits(state):
-            victim = self._residents.lower(state.rank, self._cost_of_preemption)
-            if victim is None:
+            if not self._preemption.lower(state.rank, "preempted for a higher class"):
                 return
-            self.preempt(victim, "preempted for a higher class")
 
     def _compute_prompts(self, draft: Draft) -> None:
         """Residents and newcomers, whoever has precedence."""

@@ -3,7 +3,11 @@
 A step costs what its work costs, but never less than a floor: the weights are read once and the kernels are enqueued
 one by one however few tokens there are. Up to that knee, more tokens cost nothing:
 
-    seconds = max(floor + floor_row * rows, base + token * tokens + row * rows + decode_pair * ... + prompt_pair * ...)
+    seconds = max(floor + floor_row * rows, base + token * tokens + row * rows + decode_pair * ... + prompt_pair * ...
+                                            + prompt_base + prompt_start * ...)
+
+The last two are for steps with prompts: kernels of another kind, which go through the longest context of a row with
+few queries one key after the other, while most of the device waits.
 
 Both branches are linear, and each is fitted by recursive least squares on the relative error. Which branch a step lies
 on is the larger one's business; where the knee is unknown yet or moved, a few kept samples of every size are fitted
@@ -22,9 +26,11 @@ from server.scheduler.least_squares import LeastSquares
 from server.scheduler.outliers import Ignored, Outliers
 from server.scheduler.prediction_errors import PredictionErrors
 
-# Features are scaled so that their coefficients are of one size: seconds for 64 tokens or rows, or a million pairs.
+# Features are scaled so that their coefficients are of one size: seconds for 64 tokens or rows, a million pairs or
+# 8,192 earlier tokens. That there are prompts at all counts as one row does.
 UNIT = 1.0 / 64
 PAIRS = 1.0 / (1 << 20)
+CONTEXT = 1.0 / (1 << 13)
 WARM = 3
 """Observations before a prediction is worth anything ..."""
 SURE = 32
@@ -55,6 +61,8 @@ def add_row(work: StepWork, start: int, count: int) -> None:
         work.decode_pairs += start + 1
     else:
         work.prompt_pairs += attended_pairs(start, count)
+        if start > work.prompt_start:
+            work.prompt_start = start
 
 
 class StepTimeModel:
@@ -106,6 +114,7 @@ class StepTimeModel:
                 tokens=sample.tokens,
                 decode_pairs=sample.decode_pairs,
                 prompt_pairs=sample.prompt_pairs,
+                prompt_start=sample.prompt_start,
             )
             self._keep(work, sample.seconds)
             self._largest = max(self._largest, sample.tokens)
@@ -132,7 +141,9 @@ class StepTimeModel:
         Tokens that cost nothing because the step lies on the floor are granted whatever ``seconds`` says.
         """
         machine = self._machine
-        room = max(seconds, machine.floor_of(work.rows + 1)) - machine.work_of(work) - machine.row
+        prompts = machine.prompts_of(True, max(start, work.prompt_start))
+        prompts -= machine.prompts_of(work.prompt_pairs > 0, work.prompt_start)
+        room = max(seconds, machine.floor_of(work.rows + 1)) - machine.work_of(work) - machine.row - prompts
         if room <= 0:
             return 0
         # Solve prompt_pair/2 * n^2 + linear * n = room, in the form that also holds for prompt_pair = 0.
@@ -186,16 +197,17 @@ class _Machine:
 
     def __init__(self) -> None:
         self._floor = LeastSquares(2)
-        self._work = LeastSquares(5)
+        self._work = LeastSquares(7)
         self._floor_rows = 0  # most that were seen on it
         self._refresh()
 
     def _refresh(self) -> None:
         floor, floor_row = self._floor.weights
-        base, token, row, decode_pair, prompt_pair = self._work.weights
+        base, token, row, decode_pair, prompt_pair, prompt_base, prompt_start = self._work.weights
         self.floor, self.floor_row = floor, floor_row * UNIT
         self.base, self.token, self.row = base, token * UNIT, row * UNIT
         self.decode_pair, self.prompt_pair = decode_pair * PAIRS, prompt_pair * PAIRS
+        self.prompt_base, self.prompt_start = prompt_base * UNIT, prompt_start * CONTEXT
 
     def floor_of(self, rows: int) -> float:
         return self.floor + self.floor_row * min(rows, FLOOR_REACH * self._floor_rows)
@@ -207,7 +219,12 @@ class _Machine:
             + self.row * work.rows
             + self.decode_pair * work.decode_pairs
             + self.prompt_pair * work.prompt_pairs
+            + self.prompts_of(work.prompt_pairs > 0, work.prompt_start)
         )
+
+    def prompts_of(self, any_prompt: bool, start: int) -> float:
+        """What a step with prompts costs beside its tokens and pairs."""
+        return self.prompt_base + self.prompt_start * start if any_prompt else 0.0
 
     def predict(self, work: StepWork) -> float:
         return max(self.floor_of(work.rows), self.work_of(work))
@@ -222,7 +239,8 @@ class _Machine:
         else:
             pairs = work.decode_pairs * PAIRS, work.prompt_pairs * PAIRS
             tokens = work.tokens + work.padding
-            self._work.observe((1.0, tokens * UNIT, work.rows * UNIT, *pairs), seconds)
+            prompts = (UNIT if work.prompt_pairs else 0.0), work.prompt_start * CONTEXT
+            self._work.observe((1.0, tokens * UNIT, work.rows * UNIT, *pairs, *prompts), seconds)
         self._refresh()
 
     def bound(self) -> None:

@@ -89,4 +89,4 @@ def test_the_shape_of_a_plan_counts_decodes_apart() -> None:
     decode = Row(item=1, slot=0, start=9, count=1, new_blocks=(), max_new=1)
     chunk = Row(item=2, slot=1, start=4, count=3, new_blocks=(), max_new=0)
     shape = shape_of(StepPlan(step=1, engine="m", rows=(decode, chunk)))
-    assert shape == StepShape(rows=2, tokens=4, decode_pairs=10, prompt_pairs=5 + 6 + 7)
+    assert shape == StepShape(rows=2, tokens=4, decode_pairs=10, prompt_pairs=5 + 6 + 7, prompt_start=4)

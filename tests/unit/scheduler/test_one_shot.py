@@ -10,6 +10,7 @@ import pytest
 from engines.protocol import Capacity, StepPlan
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.law import Law
+from server.scheduler.one_shot import MAX_BUCKETS, OneShotLane
 from tests.unit.scheduler.rig import Rig
 
 
@@ -227,3 +228,17 @@ class TestDeadlines:
             rig.offer(rig.item([], 0, rows=1, priority=priority))
         rig.run()
         assert batches(rig) == [[3], [2], [1]]
+
+
+def test_shapes_that_nobody_uses_any_more_are_forgotten() -> None:
+    """Clients choose them: each lives only as long as somebody waits for it."""
+    rig = Rig()
+    offer(rig, (7, 1))
+    for bucket in range(100, 100 + 2 * MAX_BUCKETS):
+        item = rig.one_shot(bucket, 1)
+        rig.offer(item)
+        rig.cancel(item.item)
+    (lane,) = (lane for lane in rig.scheduler._lanes if isinstance(lane, OneShotLane))
+    assert len(lane._queues) <= MAX_BUCKETS
+    plan = rig.must_launch()
+    assert [row.bucket for row in plan.one_shot] == [7]

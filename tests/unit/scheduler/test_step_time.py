@@ -256,3 +256,28 @@ def test_the_slope_of_a_floor_that_few_rows_showed_is_not_believed_for_many() ->
         model.observe(work, seconds)
     many = StepWork(rows=128, tokens=128, decode_pairs=128 * 100.0)
     assert model.predict(many) == pytest.approx(0.0025, rel=0.3)
+
+
+def test_a_few_tokens_after_a_long_context_take_what_the_context_takes() -> None:
+    # As on an H200: the queries of one row go through its keys one after the other.
+    def serial(work: StepWork) -> float:
+        prompts = 2e-4 + 5e-7 * work.prompt_start if work.prompt_pairs else 0.0
+        return 1.3e-3 + 3.6e-6 * work.tokens + 6.7e-9 * work.decode_pairs + 2.7e-10 * work.prompt_pairs + prompts
+
+    model = StepTimeModel()
+    rng = random.Random(3)
+    for _ in range(300):
+        step = StepWork()
+        for _ in range(rng.randint(0, 64)):
+            add_row(step, rng.randrange(2000), 1)
+        if rng.random() < 0.6 or not step.rows:
+            add_row(step, rng.choice((0, 0, 1024, 8192)), rng.choice((16, 64, 256, 1024)))
+        model.observe(step, serial(step) * (1 + rng.uniform(-0.03, 0.03)))
+    for start, count in ((8192, 16), (8192, 512), (1024, 128), (0, 512)):
+        step = StepWork()
+        add_row(step, start, count)
+        assert model.predict(step) == pytest.approx(serial(step), rel=0.08)
+    decodes = StepWork(rows=8, tokens=8, decode_pairs=8 * 500)
+    tokens = model.tokens_within(decodes, 8192, 0.008)
+    add_row(decodes, 8192, tokens)
+    assert serial(decodes) == pytest.approx(0.008, rel=0.08)

@@ -131,7 +131,7 @@ def test_what_was_preempted_comes_back_whatever_its_tenant_has() -> None:
     # Their slots go to the other tenant meanwhile.
     flood(rig, 20, "other")
     for victim in victims:
-        lane._planner.preempt(victim, "preempted for blocks")
+        lane._planner._preemption.preempt(victim, "preempted for blocks")
     rig.must_launch()
     assert all(victim.slot >= 0 for victim in victims)
 
