@@ -14,10 +14,11 @@ import torch
 import triton
 
 from engines.kernels.cuda.attention import LOG2_E
-from engines.kernels.cuda.device import starts_early
+from engines.kernels.cuda.device import runs_gluon, starts_early
 from engines.kernels.cuda.launch import Launcher
-from engines.kernels.cuda.mla_kernels import attend_kernel, expand_kernel, expand_one_kernel, prepare_kernel
+from engines.kernels.cuda.mla_kernels import attend_kernel, expand_kernel, expand_one_kernel
 from engines.kernels.cuda.mla_prefill import attend_prompts
+from engines.kernels.cuda.mla_prepare import prepare_kernel
 from engines.kernels.reference import AttentionBatch
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ VALUES_ALONE = 32
 TILE_VALUES, EXPAND_WARPS = 64, 8
 """The same where they are expanded 16 at a time."""
 FEWEST_SPLITS = 16
+ON_HOPPER = False
+"""Whether ``hopper_mla`` attends where it can."""
 
 _prepare = Launcher(prepare_kernel)
 _attend = Launcher(attend_kernel)
@@ -176,6 +179,60 @@ def splits_for(rows: int, longest_context: int) -> int:
     return max(1, min(MAX_SPLITS, 2 if programs == 1 else programs, -(-longest_context // TILE_KEYS)))
 
 
+def _attend_parts(
+    absorbed: torch.Tensor,
+    shape: LatentQueries,
+    cache: torch.Tensor,
+    batch: AttentionBatch,
+    partials: torch.Tensor,
+    logs: torch.Tensor,
+    early: bool,
+    scales: torch.Tensor | None,
+) -> None:
+    """Into ``partials``, (rows, splits, heads, rank), and, of several splits, ``logs``, (rows, splits, heads)."""
+    (rows, splits, heads), device = logs.shape, absorbed.device
+    if ON_HOPPER and scales is None and runs_gluon(device):
+        from engines.kernels.cuda import hopper_mla
+
+        if hopper_mla.fits(heads, shape.rank, shape.rope, cache):
+            hopper_mla.attend_parts(absorbed, cache, partials, logs, batch, shape.scale, early)
+            return
+    table_rows = batch.context_lengths if batch.table_rows is None else batch.table_rows
+    _attend(
+        (splits, rows, triton.cdiv(heads, 16)),
+        (
+            absorbed,
+            cache,
+            partials,
+            logs,
+            batch.query_starts,
+            batch.context_lengths,
+            batch.block_tables,
+            table_rows,
+            logs if scales is None else scales,
+        ),
+        fixed=(),
+        free=(splits, batch.block_tables.stride(0), shape.scale * LOG2_E),
+        constants=(
+            heads,
+            16,
+            shape.rank,
+            _block(shape.rank),
+            shape.rope,
+            max(16, _block(shape.rope)),
+            cache.shape[1],
+            TILE_KEYS,
+            batch.table_rows is not None,
+            splits == 1,
+            early,
+            scales is not None,
+        ),
+        warps=ATTEND_WARPS,
+        stages=ATTEND_STAGES,
+        early=early,
+    )
+
+
 def attend_decodes(
     absorbed: torch.Tensor,
     shape: LatentQueries,
@@ -198,40 +255,7 @@ def attend_decodes(
     whole = splits == 1
     partials = absorbed.new_empty((rows, splits, heads, rank), dtype=absorbed.dtype if whole else torch.float32)
     logs = torch.empty((rows, splits, heads), dtype=torch.float32, device=absorbed.device)
-    table_rows = batch.context_lengths if batch.table_rows is None else batch.table_rows
-    _attend(
-        (splits, rows, triton.cdiv(heads, 16)),
-        (
-            absorbed,
-            cache,
-            partials,
-            logs,
-            batch.query_starts,
-            batch.context_lengths,
-            batch.block_tables,
-            table_rows,
-            logs if scales is None else scales,
-        ),
-        fixed=(),
-        free=(splits, batch.block_tables.stride(0), shape.scale * LOG2_E),
-        constants=(
-            heads,
-            16,
-            rank,
-            _block(rank),
-            shape.rope,
-            max(16, _block(shape.rope)),
-            cache.shape[1],
-            TILE_KEYS,
-            batch.table_rows is not None,
-            whole,
-            early,
-            scales is not None,
-        ),
-        warps=ATTEND_WARPS,
-        stages=ATTEND_STAGES,
-        early=early,
-    )
+    _attend_parts(absorbed, shape, cache, batch, partials, logs, early, scales)
     if whole:
         values = shape.up.stacked[:, nope:].transpose(1, 2)
         torch.bmm(partials[:, 0].transpose(0, 1), values, out=output[:rows].transpose(0, 1))
