@@ -104,11 +104,11 @@ def _read_folder(folder: Path, random_weights: bool) -> Manifest:
         )
     if not (folder / "config.json").exists():
         raise EngineLoadError(f"{folder.name} has no config.json: {_what_else(folder)}")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     fields = Fields(config, "config.json")
     architecture = _architecture(fields)
     quantization = read_quantization(fields)
-    headers = {} if random_weights else _read_headers(folder)
+    headers = {} if random_weights else read_headers(folder)
     generation = _generation_config(folder)
     ends = (*generation.token_ids("eos_token_id"), *fields.token_ids("eos_token_id"))
     starts = (*generation.token_ids("bos_token_id"), *fields.token_ids("bos_token_id"))
@@ -131,7 +131,7 @@ def _read_folder(folder: Path, random_weights: bool) -> Manifest:
 
 def _generation_config(folder: Path) -> Fields:
     path = folder / "generation_config.json"
-    return Fields(_read_json(path) if path.exists() else {}, path.name)
+    return Fields(read_json(path) if path.exists() else {}, path.name)
 
 
 def _what_else(folder: Path) -> str:
@@ -141,7 +141,8 @@ def _what_else(folder: Path) -> str:
     return "give the folder of a Hugging Face model, or a .gguf file"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file of at most LARGEST_JSON bytes. Raises EngineLoadError."""
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise EngineLoadError(f"{path.name} is larger than {LARGEST_JSON >> 20} MB; it is not what it should be")
@@ -182,8 +183,11 @@ def rope_section(fields: Fields) -> Fields:
     return fields.section("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
 
 
-def _read_headers(folder: Path) -> dict[Path, SafetensorsHeader]:
-    """Headers of all weight files in order, checked to be complete and to name each tensor once."""
+def read_headers(folder: Path) -> dict[Path, SafetensorsHeader]:
+    """Headers of all weight files in order, checked to be complete and to name each tensor once.
+
+    Raises EngineLoadError.
+    """
     headers = {path: read_safetensors_header(path) for path in _weight_files(folder)}
     owners: dict[str, str] = {}
     for path, header in headers.items():
@@ -197,7 +201,7 @@ def _read_headers(folder: Path) -> dict[Path, SafetensorsHeader]:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = set(Fields(_read_json(index), index.name).section("weight_map").values.values())
+        names = set(Fields(read_json(index), index.name).section("weight_map").values.values())
     elif (folder / "model.safetensors").exists():
         names = {"model.safetensors"}
     else:

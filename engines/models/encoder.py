@@ -42,7 +42,7 @@ class Encoder(nn.Module):
 
     @property
     def output_name(self) -> str:
-        return "logits" if self.config.labels else "embedding"
+        return "logits" if self.config.labels else "sentence_embedding"
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
