@@ -39,25 +39,13 @@ class Window:
 
 def make_window(tokens: torch.Tensor, config: ModelConfig, device: torch.device) -> Window:
     """(T,) token ids -> a batch of one row, with a cache for one layer."""
-    count = tokens.shape[0]
-    blocks = -(-count // BLOCK_SIZE)
+    blocks = -(-tokens.shape[0] // BLOCK_SIZE)
     shapes: tuple[tuple[int, ...], ...]
     if isinstance(config, DeepseekConfig):
         shapes = ((config.kv_lora_rank + config.rope.dim,),)
     else:
         shapes = ((config.kv_heads, config.head_dim),) * 2
-    places = torch.arange(count, device=device)
-    batch = Batch(
-        token_ids=tokens.to(device),
-        positions=places,
-        cache_slots=places,
-        query_starts=torch.tensor([0, count], dtype=torch.int32, device=device),
-        context_lengths=torch.tensor([count], dtype=torch.int32, device=device),
-        block_tables=torch.arange(blocks, dtype=torch.int32, device=device).unsqueeze(0),
-        decode_rows=0,
-        longest_query=count,
-        longest_context=count,
-    )
+    batch = Batch.of_prompt(tokens.to(device), blocks)
     return Window(batch, tuple(torch.zeros(blocks, BLOCK_SIZE, *shape, device=device) for shape in shapes))
 
 

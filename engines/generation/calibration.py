@@ -37,7 +37,7 @@ def choose_scales(
         tokens[0] = first_token
     blocks = -(-length // kv_cache.BLOCK_SIZE)
     caches = kv_cache.allocate(model.kv_layout, blocks, kv_cache.BLOCK_SIZE, dtype, device)
-    model.forward(_prompt(tokens.to(device), blocks), caches)
+    model.forward(Batch.of_prompt(tokens.to(device), blocks), caches)
     return tuple(scales_of(model.kv_layout, cache) for cache in caches)
 
 
@@ -51,21 +51,3 @@ def scales_of(layout: KvLayout, cache: LayerCache) -> torch.Tensor:
     largest = largest.float()
     # A head that the prompt left at zero says nothing of other prompts.
     return round_up(torch.where(largest > 0, largest, LARGEST_FP8) * (MARGIN / LARGEST_FP8))
-
-
-def _prompt(tokens: torch.Tensor, blocks: int) -> Batch:
-    """One row of (T,) tokens in the first blocks of a cache."""
-    count, device = tokens.shape[0], tokens.device
-    places = torch.arange(count, device=device)
-    return Batch(
-        token_ids=tokens,
-        positions=places,
-        cache_slots=places,
-        query_starts=torch.tensor([0, count], dtype=torch.int32, device=device),
-        context_lengths=torch.tensor([count], dtype=torch.int32, device=device),
-        block_tables=torch.arange(blocks, dtype=torch.int32, device=device).unsqueeze(0),
-        decode_rows=0,
-        longest_query=count,
-        longest_context=count,
-        prompt_blocks=blocks,
-    )

@@ -69,6 +69,24 @@ class Batch:
     prompt_blocks: int | None = None
     """Cache blocks that the contexts of the rows behind ``decode_rows`` take together, or more; None: not counted."""
 
+    @classmethod
+    def of_prompt(cls, tokens: torch.Tensor, blocks: int) -> Batch:
+        """One row of (T,) tokens, a whole prompt in the first ``blocks`` of a cache."""
+        count, device = tokens.shape[0], tokens.device
+        places = torch.arange(count, device=device)
+        return cls(
+            token_ids=tokens,
+            positions=places,
+            cache_slots=places,
+            query_starts=torch.tensor([0, count], dtype=torch.int32, device=device),
+            context_lengths=torch.tensor([count], dtype=torch.int32, device=device),
+            block_tables=torch.arange(blocks, dtype=torch.int32, device=device).unsqueeze(0),
+            decode_rows=0,
+            longest_query=count,
+            longest_context=count,
+            prompt_blocks=blocks,
+        )
+
 
 FEWEST_SPARED = 4
 """Tokens of a step for each that is read, from which on it gains by ``LastTokens``."""

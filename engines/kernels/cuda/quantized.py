@@ -52,24 +52,15 @@ def quantized_linear(
     rows, lines = x.shape[0], codes.lines
     padded, block_k = codes.padded_depth, config.block_k(codes.unit)
     output = x.new_empty(rows, lines // 2 if gated else lines, dtype=dtype) if into is None else into
-    empty = codes.factor
     parts = 0 if handed is None else handed.squares.shape[1]
     even = codes.depth == padded and padded % block_k == 0
     _launch(
         (ceil_div(rows, tile_rows(rows)), ceil_div(lines, config.block_n), config.splits),
         (
-            x,
-            codes.codes,
-            codes.factor,
-            empty if codes.scale is None else codes.scale,
-            empty if codes.offset is None else codes.offset,
-            empty if codes.levels is None else codes.levels,
-            empty if row_scale is None else row_scale,
-            x if bias is None else bias,
-            x if residual is None else residual,
+            *_read(x, codes, row_scale, bias, residual),
             output,
             *split_scratch(x.device),
-            empty if handed is None else handed.squares,
+            codes.factor if handed is None else handed.squares,
             *((x, x, x) if handover is None else (handover.norm.weight, handover.scaled, handover.squares)),
         ),
         fixed=(
@@ -84,14 +75,7 @@ def quantized_linear(
         free=(rows, 0.0 if handed is None else handed.norm.eps),
         constants=(
             tile_rows(rows),
-            config.block_n,
-            codes.unit,
-            config.parts,
-            config.splits,
-            config.stages,
-            _prefetch(codes, config),
-            config.warps,
-            config.early,
+            *_tiling(codes, config),
             codes.format,
             codes.group,
             codes.offset_kind,
@@ -110,6 +94,42 @@ def quantized_linear(
         early=config.early,
     )
     return output
+
+
+def _read(
+    x: torch.Tensor,
+    codes: DeviceCodes,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """What the kernel reads; another tensor in the place of one that there is not, and that its constants leave out."""
+    empty = codes.factor
+    return (
+        x,
+        codes.codes,
+        codes.factor,
+        empty if codes.scale is None else codes.scale,
+        empty if codes.offset is None else codes.offset,
+        empty if codes.levels is None else codes.levels,
+        empty if row_scale is None else row_scale,
+        x if bias is None else bias,
+        x if residual is None else residual,
+    )
+
+
+def _tiling(codes: DeviceCodes, config: QuantizedConfig) -> tuple[int | bool, ...]:
+    """The kernel's constants from BLOCK_N on that say how work is cut."""
+    return (
+        config.block_n,
+        codes.unit,
+        config.parts,
+        config.splits,
+        config.stages,
+        _prefetch(codes, config),
+        config.warps,
+        config.early,
+    )
 
 
 def _prefetch(codes: DeviceCodes, config: QuantizedConfig) -> int:

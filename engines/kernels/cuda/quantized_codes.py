@@ -9,6 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engines.kernels.cuda import quantized_layout
+
+HALVES, LEVELS = tl.constexpr(quantized_layout.HALVES), tl.constexpr(quantized_layout.LEVELS)
+BYTES, FLOAT8 = tl.constexpr(quantized_layout.BYTES), tl.constexpr(quantized_layout.FLOAT8)
+"""Formats, as kernels compare them."""
+ZERO_POINT, OFFSET = tl.constexpr(quantized_layout.ZERO_POINT), tl.constexpr(quantized_layout.OFFSET)
+
 _HALVES = """{{
     .reg .b32 low, high, one, less, top;
     mov.b32 one, {one};
@@ -137,9 +144,9 @@ def float8_of(packed, TYPE: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def values_of(packed, TYPE: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr):
     """Codes that stand one in an element of memory: bytes, float8, or 16-bit floats as they are."""
-    if FORMAT == 1:
+    if FORMAT == BYTES:
         values = bytes_of(packed, TYPE, ASM)
-    elif FORMAT == 2:
+    elif FORMAT == FLOAT8:
         values = float8_of(packed, TYPE, ASM)
     else:
         values = packed.to(TYPE)

@@ -15,6 +15,7 @@ import triton.language as tl
 from engines.kernels.cuda.experts import Grouping, combine, find_work
 from engines.kernels.cuda.grouping import group_pairs
 from engines.kernels.cuda.launch import Launcher
+from engines.kernels.cuda.quantized_codes import HALVES, LEVELS
 from engines.kernels.cuda.quantized_kernel import wide_product
 from engines.kernels.cuda.quantized_rows import round_rows
 from engines.kernels.cuda.routing import Routed, choose_experts
@@ -74,7 +75,7 @@ def quantized_experts_kernel(
 
     ``lines`` are those of an expert, cut into PARTS; ``stack_lines`` of the whole stack.
     """
-    two: tl.constexpr = FORMAT == 0 or FORMAT == 3
+    two: tl.constexpr = (FORMAT == HALVES) | (FORMAT == LEVELS)
     chosen, tile, part, count, first = find_work(counts, EXPERTS, 0, EXPERTS_BLOCK, BLOCK_M, PARTS)
     if chosen < 0:
         return

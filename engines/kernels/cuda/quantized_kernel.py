@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
-from engines.kernels.cuda.quantized_codes import halves_of, level_values, values_of
+from engines.kernels.cuda.quantized_codes import HALVES, LEVELS, OFFSET, ZERO_POINT, halves_of, level_values, values_of
 from engines.kernels.cuda.skinny_kernel import finish, hand_over, load_handed, sum_splits, tile_line
 from engines.kernels.cuda.skinny_product import prefetch
 
@@ -24,11 +24,11 @@ from engines.kernels.cuda.skinny_product import prefetch
 def _group_sums(products, x_sums, scale, offset, places, mask, OFFSETS: tl.constexpr, AXIS: tl.constexpr):
     """A group's products with its scale and offset: (.., lines, rows); ``places`` (.., lines) of both in memory."""
     scales = tl.load(scale + places, mask=mask, other=0.0).to(tl.float32)
-    if OFFSETS == 1:
+    if OFFSETS == ZERO_POINT:
         zeros = tl.load(offset + places, mask=mask, other=0).to(tl.float32)
         products -= tl.expand_dims(zeros, AXIS) * tl.expand_dims(x_sums, AXIS - 1)
     products *= tl.expand_dims(scales, AXIS)
-    if OFFSETS == 2:
+    if OFFSETS == OFFSET:
         shifts = tl.load(offset + places, mask=mask, other=0.0).to(tl.float32)
         products += tl.expand_dims(shifts, AXIS) * tl.expand_dims(x_sums, AXIS - 1)
     return products
@@ -64,7 +64,7 @@ def narrow_product(
 
     ``x_rows`` (BLOCK_M,) and ``code_lines`` (BLOCK_N,) point at the beginning of rows.
     """
-    two: tl.constexpr = FORMAT == 0 or FORMAT == 3
+    two: tl.constexpr = (FORMAT == HALVES) | (FORMAT == LEVELS)
     size: tl.constexpr = UNIT // 2 if two else UNIT
     value_type: tl.constexpr = x_rows.dtype.element_ty
     unit = tl.arange(0, PARTS) * UNIT
@@ -90,7 +90,7 @@ def narrow_product(
                 right = tl.load(x_at + (k + size), mask=valid_rows, other=0.0)
             else:
                 right = tl.load(x_at + (k + size), mask=valid_rows & (x_place + (k + size) < depth), other=0.0)
-            if FORMAT == 0:
+            if FORMAT == HALVES:
                 low, high = halves_of(packed, value_type, ASM)
             else:
                 # Past the end of a row its last book will do: the input is zero there.
@@ -142,7 +142,7 @@ def wide_product(
     ASM: tl.constexpr,
 ):
     """As ``narrow_product``, unit after unit by all warps together. ORDERED: x is read at ``order[k]`` for column k."""
-    two: tl.constexpr = FORMAT == 0 or FORMAT == 3
+    two: tl.constexpr = (FORMAT == HALVES) | (FORMAT == LEVELS)
     size: tl.constexpr = UNIT // 2 if two else UNIT
     value_type: tl.constexpr = x_rows.dtype.element_ty
     inner = tl.arange(0, size)
@@ -154,7 +154,7 @@ def wide_product(
         products = sums if GROUP == 0 else tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if two:
             right = _inputs(x_rows, valid, order, inner + (k + size), depth, ORDERED, EVEN)
-            if FORMAT == 0:
+            if FORMAT == HALVES:
                 low, high = halves_of(packed, value_type, ASM)
             else:
                 low, high = level_values(packed, levels, (line * books + k // book_size)[:, None], value_type)
@@ -240,7 +240,7 @@ def quantized_kernel(
     PREFETCH: bytes of each line that the L2 cache is asked for before x is there. PARTS 0: ``wide_product``. HANDED and
     NEXT as in ``skinny_kernel``.
     """
-    two: tl.constexpr = FORMAT == 0 or FORMAT == 3
+    two: tl.constexpr = (FORMAT == HALVES) | (FORMAT == LEVELS)
     tile, split = tl.program_id(1), tl.program_id(2)
     if EARLY:
         tl_cuda.gdc_launch_dependents()

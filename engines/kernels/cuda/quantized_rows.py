@@ -10,7 +10,7 @@ from triton.language.extra import cuda as tl_cuda
 from engines.kernels.cuda.device import starts_early
 from engines.kernels.cuda.elementwise import row_warps
 from engines.kernels.cuda.launch import Launcher
-from engines.kernels.cuda.quantized_codes import halves_of, level_values, values_of
+from engines.kernels.cuda.quantized_codes import HALVES, LEVELS, OFFSET, ZERO_POINT, halves_of, level_values, values_of
 from engines.kernels.cuda.quantized_layout import DeviceCodes
 
 DEQUANTIZED_LINES = 16
@@ -88,7 +88,7 @@ def _dequantize_kernel(
     ASM: tl.constexpr,
 ):
     """Grid (units of a row, tiles of lines): lines ``first`` and on, in output's type; one rounding, of float32."""
-    two: tl.constexpr = FORMAT == 0 or FORMAT == 3
+    two: tl.constexpr = (FORMAT == HALVES) | (FORMAT == LEVELS)
     size: tl.constexpr = UNIT // 2 if two else UNIT
     k = tl.program_id(0) * UNIT
     target = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,14 +104,14 @@ def _dequantize_kernel(
     if GROUP > 0:
         group = k // GROUP * all_lines + line
         scales = factors * tl.load(scale + group).to(tl.float32)
-        if OFFSETS == 1:
+        if OFFSETS == ZERO_POINT:
             shifts = -tl.load(offset + group).to(tl.float32)
-        if OFFSETS == 2:
+        if OFFSETS == OFFSET:
             shifts = factors * tl.load(offset + group).to(tl.float32)
     to = output + target.to(tl.int64)[:, None] * depth + k + inner[None, :]
-    if FORMAT == 0:
+    if FORMAT == HALVES:
         low, high = halves_of(packed, tl.bfloat16, ASM)
-    elif FORMAT == 3:
+    elif FORMAT == LEVELS:
         low, high = level_values(packed, levels, (line * books + k // book_size)[:, None], tl.float32)
     else:
         low = values_of(packed, tl.bfloat16, FORMAT, ASM)
@@ -124,10 +124,10 @@ def _dequantize_kernel(
 @triton.jit
 def _store_values(values, scales, shifts, to, mask, OFFSETS: tl.constexpr):
     wide = values.to(tl.float32)
-    if OFFSETS == 1:
+    if OFFSETS == ZERO_POINT:
         wide += shifts[:, None]
     wide *= scales[:, None]
-    if OFFSETS == 2:
+    if OFFSETS == OFFSET:
         wide += shifts[:, None]
     tl.store(to, wide.to(to.dtype.element_ty), mask=mask)
 
