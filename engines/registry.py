@@ -12,9 +12,12 @@ from engines.protocol import Engine, EngineKind, EngineLoadError, EngineSpec, Re
 
 KINDS: Mapping[EngineKind, str] = {
     "generation": "engines.generation.engine:GenerationEngine",
+    "onnx": "engines.onnx.engine:OnnxEngine",
     "fake": "engines.fake:FakeEngine",
 }
 """Kind to ``module:Class``; the class has ``load(spec, report) -> Engine``."""
+EXTRAS: Mapping[EngineKind, str] = {"onnx": "onnx"}
+"""The extra of this package that brings what a kind needs."""
 
 
 class EngineClass(Protocol):
@@ -46,7 +49,10 @@ def create(spec: EngineSpec, report: ReportProgress) -> Engine:
     try:
         engine_class = _engine_class(spec.kind)
     except ModuleNotFoundError as error:
-        raise EngineLoadError(f"an engine of the kind {spec.kind!r} needs the Python package {error.name!r}") from error
+        extra = EXTRAS.get(spec.kind)
+        how = "" if extra is None else f"; install it with: pip install 'slimserve[{extra}]'"
+        needed = f"an engine of the kind {spec.kind!r} needs the Python package {error.name!r}"
+        raise EngineLoadError(needed + how) from error
     return engine_class.load(spec, report)
 
 

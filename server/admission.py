@@ -34,6 +34,8 @@ class AdmissionLimits:
     """Most choices running and waiting."""
     max_waiting_tokens: int = 1 << 20
     """Most prompt tokens that wait for their first step. A single request is let in however long it is."""
+    max_input_bytes: int = 1 << 30
+    """Most bytes of tensors of plain models' requests that have not ended. A single request is let in all the same."""
     max_wait: float = 120.0
     """Seconds of predicted wait beyond which a request is refused."""
 
@@ -99,6 +101,8 @@ class Door:
             return "too many requests are open", "queue_full"
         if lane.waiting_tokens and tokens > free_tokens:
             return "too many prompt tokens are waiting", "tokens_waiting"
+        if lane.input_bytes and lane.input_bytes + len(request.inputs) > self.limits.max_input_bytes:
+            return "too many bytes of tensors are waiting", "queue_full"
         held = lane.held(request.tenant)
         if held.choices and held.choices + choices > free_choices * _SHARE:
             return "too many requests of this tenant are open", "tenant_share"

@@ -21,10 +21,11 @@ from dataclasses import replace
 
 import msgspec
 
+from engines.protocol import Capacity, EngineInfo
 from server.admission import Door
 from server.api.replies import ReloadOutcome
 from server.api.routes import create_api, create_metrics_api
-from server.api.state import ApiSettings, ApiState, ModelState, ReadyState
+from server.api.state import ApiSettings, ApiState, Model, ModelState, PlainModel, ReadyState
 from server.devices import worker_settings
 from server.display import ServeDisplay
 from server.errors import Conflict, EngineUnavailable, SlimserveError
@@ -218,15 +219,16 @@ class Application:
         if name not in models:
             return
         if status.phase == "ready" and status.capacity is not None and status.info is not None:
-            model = replace(models[name], max_model_len=status.capacity.max_model_len)
-            self._state.models = {**models, name: model}
+            self._state.models = {**models, name: loaded_model(models[name], status.info, status.capacity)}
             self._gpus.watch(status.info)
             self._display.loaded(name, status.info, status.capacity)
         else:
             self._display.changed(name, status.phase, status.progress)
         ready = self._ready().ready
         if ready and not self._was_ready:
-            self._display.ready(self._url(), list(self._state.models), key=not self._state.tenants.open)
+            plain = [name for name, model in self._state.models.items() if isinstance(model, PlainModel)]
+            language = [name for name in self._state.models if name not in plain]
+            self._display.ready(self._url(), language, plain, key=not self._state.tenants.open)
         self._was_ready = ready
 
     def _ready(self) -> ReadyState:
@@ -252,6 +254,13 @@ class Application:
 
     def _url(self) -> str:
         return _url(self._listener, https=self._https)
+
+
+def loaded_model(model: Model, info: EngineInfo, capacity: Capacity) -> Model:
+    """The model with what its engine said of it."""
+    if isinstance(model, PlainModel):
+        return replace(model, signature=info.signature)
+    return replace(model, max_model_len=capacity.max_model_len)
 
 
 def api_settings(settings: Settings) -> ApiSettings:

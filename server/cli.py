@@ -10,7 +10,15 @@ import typer
 from rich.console import Console
 
 from engines.protocol import EngineLoadError
-from server import compress_command, config_commands, evaluate_command, serve_command, tenant_commands
+from server import (
+    compile_command,
+    compress_command,
+    config_commands,
+    evaluate_command,
+    plan_memory_command,
+    serve_command,
+    tenant_commands,
+)
 from server.bench.command import bench
 from server.errors import SlimserveError, UsageError
 from server.serve_command import complete_model
@@ -29,6 +37,8 @@ app.add_typer(bench, name="bench")
 app.command(epilog=serve_command.EXAMPLES)(serve_command.serve)
 app.command(epilog=compress_command.EXAMPLES)(compress_command.compress)
 app.command(epilog=evaluate_command.EXAMPLES)(evaluate_command.evaluate)
+app.command("compile", epilog=compile_command.EXAMPLES)(compile_command.compile_model)
+app.command("plan-memory", epilog=plan_memory_command.EXAMPLES)(plan_memory_command.plan_memory)
 
 
 def _print_version(wanted: bool) -> None:

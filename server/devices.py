@@ -90,7 +90,7 @@ def assign(models: Sequence[tuple[ModelSettings, str]], *, gpus: int, max_batch:
 
 
 def _device(entry: ModelSettings, replica: int, gpus: int) -> str:
-    if entry.device == "cpu" or (entry.device == "auto" and gpus == 0):
+    if entry.device == "cpu" or (entry.device == "auto" and (gpus == 0 or entry.kind == "onnx")):
         return "cpu"
     if gpus == 0:
         raise UsageError(f"{entry.served_name}: there is no NVIDIA GPU here that torch can use; take --device cpu")

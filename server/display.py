@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from engines.protocol import Capacity, EngineInfo, LoadProgress
+from engines.tensors import Signature
 
 LINES = 10
 """That a long step writes away from terminals."""
@@ -131,8 +132,8 @@ class ServeDisplay(Protocol):
     def loaded(self, name: str, info: EngineInfo, capacity: Capacity) -> None:
         """A model can serve."""
 
-    def ready(self, url: str, models: Sequence[str], *, key: bool) -> None:
-        """All models can serve."""
+    def ready(self, url: str, models: Sequence[str], plain: Sequence[str] = (), *, key: bool) -> None:
+        """All models can serve: language models, and plain ones."""
 
     def draining(self, open_replies: int, grace: float) -> None:
         """The server was told to stop."""
@@ -165,6 +166,9 @@ class ServeConsole:
 
     def loaded(self, name: str, info: EngineInfo, capacity: Capacity) -> None:
         self._lines.end(name)
+        if info.signature is not None:
+            self._print(f"{name}: " + "; ".join(_plain_facts(info, info.signature)))
+            return
         tokens = capacity.blocks * capacity.block_size
         fits = max(1, min(capacity.max_rows, tokens // capacity.max_model_len))
         facts = (
@@ -176,7 +180,7 @@ class ServeConsole:
         )
         self._print(f"{name}: " + "; ".join(facts))
 
-    def ready(self, url: str, models: Sequence[str], *, key: bool) -> None:
+    def ready(self, url: str, models: Sequence[str], plain: Sequence[str] = (), *, key: bool) -> None:
         """With examples the first time, in one line after a restart."""
         self._lines.close()
         self._print(f"ready: {url}/v1")
@@ -185,6 +189,10 @@ class ServeConsole:
         self._announced = True
         self._print(f"page: {url}/  (playground and live dashboard)")
         header = " -H 'Authorization: Bearer KEY'" if key else ""
+        if plain:
+            self._print(f"its inputs and outputs: curl{header} {url}/v2/models/{plain[0]}")
+        if not models:
+            return
         self._print(f"""try: curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\
   -d '{{"model": "{models[0]}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'""")
         self._print(f"or:  slimserve chat --url {url}")
@@ -199,3 +207,13 @@ class ServeConsole:
 
     def _print(self, text: str) -> None:
         show(self._console, text)
+
+
+def _plain_facts(info: EngineInfo, signature: Signature) -> tuple[str, ...]:
+    batch = f"batches of up to {signature.max_rows} rows" if signature.batched else "one request a step"
+    return (
+        f"{info.dtype} on {info.device}, {info.threads} threads",
+        f"weights {size(info.weight_bytes)}",
+        f"{len(signature.inputs)} inputs, {len(signature.outputs)} outputs, {batch}",
+        f"loaded in {info.load_seconds:.1f} s",
+    )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 from engines.protocol import EngineLoadError
-from server.api.state import ModelState, ServedModel
+from server.api.state import Model, ModelState
 from server.display import ServeDisplay
 from server.served_models import LocatedModel, locate, read_model
 from server.settings import ModelSettings
@@ -23,7 +23,7 @@ class FoundModels:
     """By served name."""
 
     located: dict[str, LocatedModel]
-    read: dict[str, ServedModel]
+    read: dict[str, Model]
 
 
 class Fetching:
@@ -51,13 +51,13 @@ class Fetching:
 
     def _work(self) -> FoundModels:
         located = {entry.served_name: locate(entry, self) for entry in self._entries}
-        read: dict[str, ServedModel] = {}
+        read: dict[str, Model] = {}
         try:
             for name, model in located.items():
                 read[name] = read_model(model)
         except EngineLoadError:
             for each in read.values():
-                each.text.close()
+                each.close()
             raise
         return FoundModels(located, read)
 

@@ -56,6 +56,8 @@ class Lane:
     """Why nothing is let in; empty while requests are taken."""
     waiting_tokens: int = 0
     open_choices: int = 0
+    input_bytes: int = 0
+    """Of tensors of requests that have not ended."""
     reports: dict[int, Report] = field(default_factory=dict)
     """By worker that serves the engine."""
     refusing: set[Priority] = field(default_factory=set)
@@ -64,8 +66,8 @@ class Lane:
     """When a request was filed, and its prompt tokens; in this order."""
     _queues: dict[tuple[int, str], _Queue] = field(default_factory=dict)
     """By class and tenant; none is empty."""
-    _choices: dict[int, int] = field(default_factory=dict)
-    """By request that has not ended."""
+    _choices: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Choices and bytes of tensors, by request that has not ended."""
     _held: dict[str, Held] = field(default_factory=dict)
 
     @property
@@ -124,8 +126,9 @@ class Lane:
         queue = self._queues.setdefault((_RANK[request.priority], request.tenant), _Queue(request.weight))
         queue.waiting[request.id] = deadline(request), tokens
         queue.tokens += tokens
-        self._choices[request.id] = choices
+        self._choices[request.id] = choices, len(request.inputs)
         self.open_choices += choices
+        self.input_bytes += len(request.inputs)
         if request.tenant:
             held = self._held.setdefault(request.tenant, Held())
             held.choices += choices
@@ -149,8 +152,9 @@ class Lane:
 
     def ended(self, request: Request) -> None:
         self.started(request)
-        choices = self._choices.pop(request.id, 0)
+        choices, input_bytes = self._choices.pop(request.id, (0, 0))
         self.open_choices -= choices
+        self.input_bytes -= input_bytes
         held = self._held.get(request.tenant)
         if held is not None:
             held.choices -= choices

@@ -9,6 +9,7 @@ _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _SHORT = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.025, 0.1, 1.0)
 _TOKEN_GAP = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
 _SCHEDULER = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25)
+_SHORT_TO_LONG = (0.0001, 0.00025, 0.0005, *_LATENCY[:12])
 _POWERS = tuple(float(2**power) for power in range(15))
 
 
@@ -36,6 +37,16 @@ TABLE: tuple[Metric, ...] = (
     Metric("histogram", "queue_seconds", "From the scheduler's queue to the first step.", buckets=_LATENCY),
     Metric("histogram", "prefill_seconds", "From the first step to the first token.", buckets=_LATENCY),
     Metric("histogram", "decode_seconds", "From the first token to the ending.", buckets=_LATENCY),
+    Metric("counter", "infer_rows", "Rows of plain models that were computed for a request."),
+    Metric(
+        "histogram",
+        "infer_queue_seconds",
+        "From the scheduler's queue to the step, of a plain model's request.",
+        buckets=_SHORT_TO_LONG,
+    ),
+    Metric(
+        "histogram", "infer_step_seconds", "Of the step that computed a plain model's request.", buckets=_SHORT_TO_LONG
+    ),
     Metric(
         "counter",
         "slo_requests",
@@ -95,6 +106,7 @@ TABLE: tuple[Metric, ...] = (
     Metric("gauge", "step_error_p95", "The same, 95th percentile."),
     Metric("counter", "tenant_requests", "Requests of a tenant by ending.", ("tenant", "ending")),
     Metric("counter", "tenant_refusals", "Refused requests of a tenant, by reason.", ("tenant", "reason")),
+    Metric("counter", "tenant_rows", "Rows of plain models that were computed for a tenant.", ("tenant",)),
     Metric("counter", "tenant_tokens", "Tokens of ended requests: prompt, output.", ("tenant", "kind")),
     Metric(
         "histogram",

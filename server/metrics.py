@@ -113,6 +113,16 @@ class Metrics:
         """``seconds`` since the request arrived."""
         self._histograms["time_to_first_token_seconds"].labels(self._label(model)).observe(seconds)
 
+    def answered(self, reply: Reply, step_seconds: float, now: float) -> None:
+        """A one-shot request's step gave it all that it gets."""
+        request = reply.request
+        model = self._label(request.model)
+        self._counters["infer_rows"].labels(model).inc(request.rows)
+        self._histograms["infer_queue_seconds"].labels(model).observe(reply.queue_seconds)
+        self._histograms["infer_step_seconds"].labels(model).observe(step_seconds)
+        if request.tenant:
+            self._counters["tenant_rows"].labels(self._tenant_label(request.tenant)).inc(request.rows)
+
     def tokens_delivered(self, model: str, tokens: int, gaps: Mapping[float, int]) -> None:
         """Of one step: output tokens, and how often which time in seconds was between one and the token before it."""
         self._counters["generated_tokens"].labels(model).inc(tokens)

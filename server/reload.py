@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from engines.protocol import EngineLoadError, EngineSpec
 from server.admission import AdmissionLimits, Door
 from server.api.replies import ReloadOutcome
-from server.api.state import ApiState, ServedModel
+from server.api.state import ApiState, Model
 from server.devices import assign, visible_gpus, worker_settings
 from server.display import ServeDisplay
 from server.errors import CommandFailed, Conflict, InvalidRequest, SlimserveError, UsageError
@@ -80,9 +80,9 @@ class Reloader:
         self._supervisor = supervisor
         self._door = door
         self._display = display
-        self._former: dict[str, ServedModel] = {}
+        self._former: dict[str, Model] = {}
         self._former_located = self._located
-        self._failed: list[ServedModel] = []
+        self._failed: list[Model] = []
         self._busy = False
 
     def begin(self, located: dict[str, LocatedModel]) -> None:
@@ -115,9 +115,7 @@ class Reloader:
         if self._busy or self._supervisor.changing:
             raise Conflict("A reload goes on or a model loads; try again when it is done.", retry_after=5)
 
-    def _read(
-        self, settings: Settings, outcome: ReloadOutcome
-    ) -> tuple[dict[str, LocatedModel], dict[str, ServedModel]]:
+    def _read(self, settings: Settings, outcome: ReloadOutcome) -> tuple[dict[str, LocatedModel], dict[str, Model]]:
         """Where all models are, and those that are new here."""
         fresh = {*outcome.added, *outcome.changed}
         entries = _by_name(settings)
@@ -125,7 +123,7 @@ class Reloader:
             name: locate(entry, self._display) if name in fresh else self._located[name]
             for name, entry in entries.items()
         }
-        read: dict[str, ServedModel] = {}
+        read: dict[str, Model] = {}
         try:
             for name in fresh:
                 read[name] = read_model(located[name])
@@ -138,7 +136,7 @@ class Reloader:
         self,
         settings: Settings,
         located: dict[str, LocatedModel],
-        read: dict[str, ServedModel],
+        read: dict[str, Model],
         wanted: dict[str, list[EngineSpec]],
         tenants: TenantTable,
     ) -> None:
@@ -174,9 +172,9 @@ class Reloader:
         self._former, self._failed = {}, []
 
 
-def _close(models: Iterable[ServedModel]) -> None:
+def _close(models: Iterable[Model]) -> None:
     for model in models:
-        model.text.close()
+        model.close()
 
 
 def admission_limits(settings: Settings) -> AdmissionLimits:

@@ -52,6 +52,12 @@ class Request:
     """From arrival, until the client no longer waits for the first token."""
     http_id: str = ""
     """``X-Request-ID`` of the HTTP request that it came with, for the log."""
+    rows: int = 0
+    """Of a plain model's batch, which has one choice and no prompt; 0 marks a prompt."""
+    bucket: int = 0
+    """Shape bucket of the rows: only equal ones share a step."""
+    inputs: bytes = b""
+    """Packed tensors of the rows."""
 
 
 @dataclass(slots=True)
@@ -84,6 +90,8 @@ class ChoiceNews:
     logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     end: End = ""
+    output: bytes = b""
+    """Packed tensors of a plain model."""
 
     def add(self, later: ChoiceNews) -> None:
         """What happened to the same choice afterwards."""
@@ -91,6 +99,7 @@ class ChoiceNews:
         self.logprobs = [*self.logprobs, *later.logprobs]
         self.prompt_logprobs = [*self.prompt_logprobs, *later.prompt_logprobs]
         self.end = later.end
+        self.output = later.output
 
 
 def _nobody() -> None:
@@ -174,6 +183,7 @@ class Reply:
         now: float,
         logprobs: Sequence[TokenLogprobs] = (),
         prompt_logprobs: Sequence[TokenLogprobs] = (),
+        output: bytes = b"",
     ) -> Sequence[int]:
         """Log tokens of one choice and wake the handler; returns those that were new (none after the ending)."""
         if self._closed or self.error is not None or self.ends[choice]:
@@ -181,7 +191,8 @@ class Reply:
         fresh = self.logs[choice].accept(first_index, tokens)
         if self.first_token_at is None and fresh:
             self.first_token_at = now
-        news = ChoiceNews(choice, fresh, logprobs and logprobs[len(tokens) - len(fresh) :], prompt_logprobs, end)
+        logprobs = logprobs and logprobs[len(tokens) - len(fresh) :]
+        news = ChoiceNews(choice, fresh, logprobs, prompt_logprobs, end, output)
         pending = self._news.get(choice)
         if pending is None:
             self._news[choice] = news

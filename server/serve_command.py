@@ -74,7 +74,7 @@ def serve(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A name (slimserve list), hf:org/name, a folder or a .gguf file. Default: smollm2-135m.",
+            help="A name (slimserve list), hf:org/name, a folder, a .gguf or .onnx file. Default: smollm2-135m.",
             autocompletion=complete_model,
         ),
     ] = None,

@@ -46,8 +46,8 @@ class ServeLog:
             seconds=round(info.load_seconds, 3),
         )
 
-    def ready(self, url: str, models: Sequence[str], *, key: bool) -> None:
-        self._say("ready", f"ready: {url}/v1", url=url, models=list(models), key=key)
+    def ready(self, url: str, models: Sequence[str], plain: Sequence[str] = (), *, key: bool) -> None:
+        self._say("ready", f"ready: {url}/v1", url=url, models=[*models, *plain], key=key)
 
     def draining(self, open_replies: int, grace: float) -> None:
         self._say("draining", "the server stops", open_requests=open_replies, grace_seconds=grace)

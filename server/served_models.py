@@ -10,11 +10,13 @@ from typing import Protocol
 
 from engines.fake import FAKE_VOCAB
 from engines.manifest import Manifest, read_manifest
-from server.api.state import ServedModel
+from engines.plain_model import read_plain_model
+from server.api.state import Model, PlainModel, ServedModel
 from server.catalog import resolve
 from server.quality import check_quality, read_quality
 from server.settings import ModelSettings
 from server.text import load_text
+from server.text.encoder import read_text_encoder
 
 FAKE_CONTEXT = 2048
 """Tokens, until the fake engine says what it has."""
@@ -48,8 +50,12 @@ def locate(entry: ModelSettings, display: PullDisplay) -> LocatedModel:
     return LocatedModel(entry, path)
 
 
-def read_model(model: LocatedModel) -> ServedModel:
-    """Starts the process that renders its template: close ``text``. Raises EngineLoadError."""
+def read_model(model: LocatedModel) -> Model:
+    """Starts the process that renders a language model's template: close it. Raises EngineLoadError."""
+    if model.settings.kind == "onnx":
+        folder = read_plain_model(model.path).file.parent
+        encoder = read_text_encoder(folder) if model.path.is_dir() else None
+        return PlainModel(name=model.settings.served_name, created=int(time.time()), encoder=encoder)
     manifest = _manifest(model)
     quality = read_quality(model.path)
     check_quality(model.settings.served_name, quality, model.settings.min_quality)

@@ -21,6 +21,8 @@ from pydantic_settings import (
 )
 from yaml import YAMLError
 
+from engines.plain_model import FILE_NAME as ONNX_FILE
+from engines.plain_model import is_plain_model
 from server.errors import UsageError
 from server.logs import LogFormat
 from server.requests import Targets
@@ -110,11 +112,12 @@ class ModelSettings(ModelOptions):
     """One entry under ``models:``."""
 
     source: str = ""
-    """Name from the catalogue, hf:org/name[@revision], a folder or a .gguf file."""
+    """Name from the catalogue, hf:org/name[@revision], a folder, a .gguf or an .onnx file."""
     name: str = ""
     """Name that requests use. Default: the last part of the source."""
-    kind: Literal["generation", "fake"] = "generation"
-    """Engine. fake computes nothing: it measures and tests everything around an engine."""
+    kind: Literal["generation", "onnx", "fake"] = "generation"
+    """Engine. A source that is an .onnx file, or a folder with model.onnx, is of the kind onnx unless this says
+    otherwise. fake computes nothing: it measures and tests everything around an engine."""
     replicas: int = Field(default=1, ge=1, le=64)
     """Workers that serve this model, each on a device of its own (on the CPU: a process of its own)."""
     uniform_routing: bool = False
@@ -125,7 +128,10 @@ class ModelSettings(ModelOptions):
     @property
     def served_name(self) -> str:
         """The name that requests use."""
-        return self.name or re.split(r"[/:]", self.source.rstrip("/"))[-1].split("@")[0].removesuffix(".gguf")
+        if self.name:
+            return self.name
+        source = self.source.rstrip("/").removesuffix(f"/{ONNX_FILE}")
+        return re.split(r"[/:]", source)[-1].split("@")[0].removesuffix(".gguf").removesuffix(".onnx")
 
 
 class ClassTargets(BaseModel):
@@ -305,7 +311,10 @@ def _entries(
 
 def _fill(entry: ModelSettings, settings: Settings, forced: Collection[str]) -> ModelSettings:
     inherited = [key for key in ModelOptions.model_fields if key in forced or key not in entry.model_fields_set]
-    return entry.model_copy(update={key: getattr(settings, key) for key in inherited})
+    update = {key: getattr(settings, key) for key in inherited}
+    if "kind" not in entry.model_fields_set and entry.source and is_plain_model(Path(entry.source).expanduser()):
+        update["kind"] = "onnx"
+    return entry.model_copy(update=update)
 
 
 def _explain(location: tuple[int | str, ...], message: str) -> str:
@@ -330,8 +339,8 @@ def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
 def _check(settings: Settings) -> None:
     names = [entry.served_name for entry in settings.models]
     for entry in settings.models:
-        if entry.kind == "generation" and not entry.source:
-            raise UsageError("models: an entry needs a source: a name, hf:org/name, a folder or a .gguf file")
+        if entry.kind != "fake" and not entry.source:
+            raise UsageError("models: an entry needs a source: a name, hf:org/name, a folder, a .gguf or .onnx file")
         if not re.fullmatch(r"[A-Za-z0-9][\w.:/@-]{0,199}", entry.served_name):
             raise UsageError(f"{entry.served_name!r} is no model name; choose one with --served-model-name")
         if names.count(entry.served_name) > 1:

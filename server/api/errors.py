@@ -12,8 +12,10 @@ from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from server.errors import InternalError, InvalidRequest, Overloaded, SlimserveError, Unauthorized
+from server.infer.messages import FlatError
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +62,30 @@ def error_headers(error: SlimserveError) -> dict[str, str]:
     return {}
 
 
+class ErrorResponse(Response):
+    """Under /v2 the body is flat, as the clients of that protocol read it."""
+
+    def __init__(self, error: SlimserveError) -> None:
+        super().__init__(error_body(error), error.status, error_headers(error), "application/json")
+        self._text = error.message
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_flat(scope["path"]):
+            self.body = flat_error(self._text)
+            self.headers["content-length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
+
+
+def is_flat(path: str) -> bool:
+    return f"{path}/".startswith("/v2/")
+
+
+def flat_error(text: str) -> bytes:
+    return msgspec.json.encode(FlatError(text))
+
+
 def error_response(error: SlimserveError) -> Response:
-    return Response(error_body(error), error.status, error_headers(error), "application/json")
+    return ErrorResponse(error)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -84,7 +108,7 @@ async def _answer_routing(request: Request, error: Exception) -> Response:
         detail = ErrorDetail(f"Method not allowed: {what}", "invalid_request_error", None, "method_not_allowed")
     else:
         detail = ErrorDetail(f"Unknown route: {what}", "not_found_error", None, "unknown_route")
-    body = msgspec.json.encode(ErrorBody(detail))
+    body = flat_error(detail.message) if is_flat(request.url.path) else msgspec.json.encode(ErrorBody(detail))
     return Response(body, error.status_code, dict(error.headers or {}), "application/json")
 
 

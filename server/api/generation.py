@@ -16,7 +16,7 @@ from server.api.exchange import Exchange, News
 from server.api.replies import CompletionTokensDetails, PromptTokensDetails, Timings, Usage
 from server.api.schemas import GenerationBody
 from server.api.service import Service
-from server.api.state import ApiState, ServedModel
+from server.api.state import ApiState, PlainModel, ServedModel
 from server.errors import EngineUnavailable, InternalError, InvalidRequest, ModelNotFound, SlimserveError
 from server.request_record import GenerationRecord
 from server.requests import ChoiceNews, Reply, Request
@@ -31,10 +31,14 @@ def find_model(state: ApiState, name: str | None) -> ServedModel:
     if name in state.coming or (name is None and state.coming):
         raise EngineUnavailable("The server starts: its models are not here yet.", retry_after=5)
     if name is None:
-        if len(state.models) != 1:
+        if len(state.language_models) != 1:
             raise InvalidRequest("model: several models are served, name one of them", param="model")
-        return next(iter(state.models.values()))
+        return next(iter(state.language_models.values()))
     model = state.models.get(name)
+    if isinstance(model, PlainModel):
+        raise InvalidRequest(
+            f"The model {name!r} generates no text: it takes tensors, at /v2/models/{name}/infer", param="model"
+        )
     if model is None:
         raise ModelNotFound(
             f"The model {name!r} is not served here. GET /v1/models lists those that are.", param="model"

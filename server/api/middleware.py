@@ -18,7 +18,7 @@ from server.requests import ClientGone
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health/live", "/health/ready"})
+OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 """Answered without a key and beyond the connection limit: a probe must not fail because the server is busy."""
 
 _CLIENT_ID = re.compile(rb"[\w.:-]{1,100}")

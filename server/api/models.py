@@ -13,7 +13,7 @@ from server.api.state import ServedModel
 
 
 async def list_models(request: Request) -> Response:
-    return json_response(ModelList([_card(model) for model in api_state(request).models.values()]))
+    return json_response(ModelList([_card(model) for model in api_state(request).language_models.values()]))
 
 
 async def get_model(request: Request, model_id: str) -> Response:

@@ -211,3 +211,22 @@ class ModelReadiness(msgspec.Struct, frozen=True):
 class Readiness(msgspec.Struct, frozen=True):
     status: Literal["ready", "not ready"]
     models: list[ModelReadiness]
+
+
+class Embedding(msgspec.Struct, frozen=True):
+    index: int
+    embedding: list[float] | str
+    """Numbers, or 32-bit floats, little-endian, as base64."""
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct, frozen=True):
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"

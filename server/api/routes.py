@@ -16,14 +16,17 @@ from server.api.browsers import Browsers
 from server.api.callers import ApiKeys, TenantQuotas
 from server.api.chat import chat_completions
 from server.api.completions import completions
+from server.api.embeddings import embeddings
 from server.api.errors import ErrorBody, add_error_handlers
 from server.api.health import live, metrics, ready, version
+from server.api.kserve import infer, model_metadata, model_ready, server_live, server_metadata, server_ready
 from server.api.middleware import BodyLimit, ConnectionLimit, RequestIds
 from server.api.models import get_model, list_models
 from server.api.replies import (
     ChatChunk,
     ChatCompletion,
     Detokenized,
+    EmbeddingList,
     Liveness,
     ModelCard,
     ModelList,
@@ -33,10 +36,20 @@ from server.api.replies import (
     Tokenized,
     Version,
 )
-from server.api.schemas import REQUEST_BODIES, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from server.api.schemas import REQUEST_BODIES, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from server.api.state import ApiState
 from server.api.stats import Stats, stats
 from server.api.tokens import detokenize, tokenize
+from server.infer.messages import (
+    FlatError,
+    InferAnswer,
+    InferBody,
+    ModelMetadata,
+    ModelReady,
+    ServerLive,
+    ServerMetadata,
+    ServerReady,
+)
 from server.web.page import page_routes
 
 _COMPONENTS = "#/components/schemas/"
@@ -48,12 +61,21 @@ _ANSWERS = (
     ModelList,
     Tokenized,
     Detokenized,
+    EmbeddingList,
     Version,
     Liveness,
     Readiness,
     ReloadOutcome,
     Stats,
     ErrorBody,
+    FlatError,
+    InferBody,
+    InferAnswer,
+    ModelMetadata,
+    ModelReady,
+    ServerLive,
+    ServerMetadata,
+    ServerReady,
 )
 _ERRORS = {
     400: "The request is wrong; param names the field",
@@ -75,6 +97,7 @@ def create_api(state: ApiState) -> FastAPI:
     app = _bare(state, "/openapi.json" if state.settings.openapi else None)
     _post(app, "/v1/chat/completions", chat_completions, ChatBody, ChatCompletion, ChatChunk)
     _post(app, "/v1/completions", completions, CompletionBody, TextCompletion, TextCompletion)
+    _post(app, "/v1/embeddings", embeddings, EmbeddingBody, EmbeddingList)
     _post(app, "/tokenize", tokenize, TokenizeBody, Tokenized)
     _post(app, "/detokenize", detokenize, DetokenizeBody, Detokenized)
     _get(app, "/v1/models", list_models, ModelList, 503)
@@ -83,6 +106,7 @@ def create_api(state: ApiState) -> FastAPI:
     _get(app, "/health/ready", ready, Readiness)
     _get(app, "/version", version, Version, 503)
     _get(app, "/stats", stats, Stats, 403, 503)
+    _add_infer_routes(app)
     app.router.routes.extend(page_routes())
     if state.settings.metrics:
         _metrics(app)
@@ -135,7 +159,7 @@ def _post(
     app: FastAPI,
     path: str,
     handler: Callable[..., Any],
-    body: type[BaseModel],
+    body: type[BaseModel] | type[msgspec.Struct],
     answer: type[msgspec.Struct],
     chunk: type[msgspec.Struct] | None = None,
 ) -> None:
@@ -143,11 +167,14 @@ def _post(
     if chunk is not None:
         events = f"Events whose data is a {chunk.__name__}, and at the end [DONE]"
         content["text/event-stream"] = {"schema": {"description": events}}
+    if path.startswith("/v2"):
+        tensors = "The same JSON, and behind it the tensors that it names"
+        content["application/octet-stream"] = {"schema": {"description": tensors}}
     app.add_api_route(
         path,
         handler,
         methods=["POST"],
-        responses=_errors(*_ERRORS) | {200: {"content": content}},
+        responses=_errors(*_ERRORS, path=path) | {200: {"content": content}},
         openapi_extra={
             "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(body)}}}
         },
@@ -157,15 +184,27 @@ def _post(
 def _get(app: FastAPI, path: str, handler: Callable[..., Any], answer: type[msgspec.Struct], *statuses: int) -> None:
     content = {"application/json": {"schema": _reference(answer)}}
     responses: dict[int | str, dict[str, Any]] = {200: {"content": content}}
-    if path.startswith("/health"):
+    if not path.startswith(("/health", "/v2/health")):
+        responses |= _errors(401, *statuses, path=path)
+    if path.endswith(("/live", "/ready")):
         responses[503] = {"content": content, "description": "The same, where the answer is no"}
-    else:
-        responses |= _errors(401, *statuses)
     app.add_api_route(path, handler, responses=responses)
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    content = {"application/json": {"schema": _reference(ErrorBody)}}
+def _add_infer_routes(app: FastAPI) -> None:
+    """The Open Inference Protocol. Names of models in it have no slash."""
+    _get(app, "/v2", server_metadata, ServerMetadata)
+    _get(app, "/v2/health/live", server_live, ServerLive)
+    _get(app, "/v2/health/ready", server_ready, ServerReady)
+    for path in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
+        _get(app, path, model_metadata, ModelMetadata, 400, 404, 503)
+        _get(app, f"{path}/ready", model_ready, ModelReady, 400, 404)
+        _post(app, f"{path}/infer", infer, InferBody, InferAnswer)
+
+
+def _errors(*statuses: int, path: str = "") -> dict[int | str, dict[str, Any]]:
+    """Under /v2 they are flat."""
+    content = {"application/json": {"schema": _reference(FlatError if path.startswith("/v2") else ErrorBody)}}
     return {status: {"description": _ERRORS[status], "content": content} for status in statuses}
 
 
@@ -178,7 +217,7 @@ def _describe(app: FastAPI, state: ApiState) -> Callable[[], dict[str, Any]]:
     described: list[str] = []
 
     def openapi() -> dict[str, Any]:
-        models = sorted(state.models)
+        models = sorted(state.language_models)
         if app.openapi_schema is None or models != described:
             app.openapi_schema = _document(app, models)
             described[:] = models
@@ -190,7 +229,9 @@ def _describe(app: FastAPI, state: ApiState) -> Callable[[], dict[str, Any]]:
 def _document(app: FastAPI, models: Sequence[str]) -> dict[str, Any]:
     """FastAPI's own document, with the structs and the names of the models in it."""
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    targets: list[tuple[type[BaseModel], Literal["validation"]]] = [(body, "validation") for body in REQUEST_BODIES]
+    targets: list[tuple[type[BaseModel], Literal["validation"]]] = [
+        (body, "validation") for body in (*REQUEST_BODIES, EmbeddingBody)
+    ]
     bodies = models_json_schema(targets, ref_template=_COMPONENTS + "{model}")[1]["$defs"]
     for body in REQUEST_BODIES:
         bodies[body.__name__]["properties"]["model"]["enum"] = _model_values(body, models)

@@ -25,6 +25,7 @@ from server.api.field_types import (
 
 MAX_STOPS = 16
 MAX_PROMPTS = 256
+MAX_INPUTS = 2048
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 
@@ -250,7 +251,25 @@ class DetokenizeBody(Body):
     tokens: TokenIds
 
 
+class EmbeddingBody(Body):
+    """POST /v1/embeddings"""
+
+    model: ModelName
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    """One text, or a list of them."""
+    encoding_format: Literal["float", "base64"] | None = None
+    """Numbers, or the bytes of 32-bit floats as base64, which is shorter. Default float."""
+    truncate: bool | None = None
+    """Cut texts that are longer than the model takes, instead of refusing them."""
+    priority: Literal["high", "normal", "low"] | None = None
+    user: str | None = None
+    """Taken, and not used."""
+    dimensions: Refused = None
+
+
 REQUEST_BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
 FIELD_NAMES = frozenset(
-    name for model in (*REQUEST_BODIES, Message, TextPart, StreamOptions, ServiceLevel) for name in model.model_fields
+    name
+    for model in (*REQUEST_BODIES, EmbeddingBody, Message, TextPart, StreamOptions, ServiceLevel)
+    for name in model.model_fields
 )

@@ -59,17 +59,23 @@ class Service:
 
 def read_service(state: ApiState, http_request: HttpRequest, body: GenerationBody) -> Service:
     """Targets of the request win over those of its class. Raises InvalidRequest and Forbidden."""
+    service = service_of_class(state, http_request, body.priority or "normal")
+    if body.slo is None:
+        return service
+    targets, asked = service.targets, body.slo
+    targets = Targets(
+        targets.ttft if asked.ttft_ms is None else asked.ttft_ms / 1000,
+        targets.tpot if asked.tpot_ms is None else asked.tpot_ms / 1000,
+    )
+    return replace(service, targets=targets)
+
+
+def service_of_class(state: ApiState, http_request: HttpRequest, priority: Priority) -> Service:
+    """What the class of a request says of it. Raises InvalidRequest and Forbidden."""
     tenant = caller(http_request)
-    priority = body.priority or "normal"
     if not tenant.may_ask_for(priority):
         raise Forbidden(f"priority: this key may ask for {tenant.max_priority} at most", param="priority")
     targets = state.targets.get(priority, Targets())
-    if body.slo is not None:
-        asked = body.slo
-        targets = Targets(
-            targets.ttft if asked.ttft_ms is None else asked.ttft_ms / 1000,
-            targets.tpot if asked.tpot_ms is None else asked.tpot_ms / 1000,
-        )
     scope = http_request.scope
     timeout = _timeout(http_request.headers)
     return Service(tenant, priority, targets, timeout, scope.get("request_id", ""), scope.get("record"))

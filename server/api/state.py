@@ -10,6 +10,7 @@ from typing import Literal
 
 from engines.engine_folder import Quality
 from engines.manifest import Manifest
+from engines.tensors import Signature
 from server.api.replies import ReloadOutcome
 from server.metrics import Metrics
 from server.observer import Observer
@@ -17,6 +18,7 @@ from server.quotas import Quotas
 from server.requests import Dispatcher, Targets
 from server.tenants import TenantTable
 from server.text import ModelText
+from server.text.encoder import TextEncoder
 
 EngineState = Literal["starting", "loading", "ready", "restarting", "failed", "draining"]
 
@@ -83,12 +85,36 @@ class ServedModel:
     quality: Quality | None = None
     """Of its evaluation card, if it has one."""
 
+    def close(self) -> None:
+        """Stops what renders its template."""
+        self.text.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainModel:
+    """Tensors in, tensors out."""
+
+    name: str
+    created: int
+    """Unix time in seconds."""
+    version: str = "1"
+    signature: Signature | None = None
+    """None until it was loaded."""
+    encoder: TextEncoder | None = None
+    """Of a folder with a tokenizer: its texts have embeddings."""
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+Model = ServedModel | PlainModel
+
 
 @dataclass(slots=True, kw_only=True)
 class ApiState:
     """A reload may replace ``models``, ``tenants`` and ``targets``; ``models`` is empty until all were found."""
 
-    models: Mapping[str, ServedModel]
+    models: Mapping[str, Model]
     dispatcher: Dispatcher
     metrics: Metrics
     settings: ApiSettings
@@ -114,6 +140,11 @@ class ApiState:
 
     def __post_init__(self) -> None:
         self.quotas = Quotas(self.clock)
+
+    @property
+    def language_models(self) -> dict[str, ServedModel]:
+        """Those that generate text."""
+        return {name: model for name, model in self.models.items() if isinstance(model, ServedModel)}
 
     def next_request_id(self) -> int:
         return next(self._request_ids)

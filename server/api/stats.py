@@ -16,7 +16,7 @@ from prometheus_client.samples import Sample
 from starlette.responses import Response
 
 from server.api.body import api_state
-from server.api.state import ApiState, ModelState
+from server.api.state import ApiState, ModelState, ServedModel
 from server.gpu_metrics import GPU_GAUGES
 from server.metric_families import Families
 
@@ -172,7 +172,7 @@ def _models(state: ApiState, models: tuple[ModelState, ...]) -> list[ModelStats]
                 reason=model.reason,
                 device=model.device,
                 dtype=model.dtype,
-                max_model_len=0 if served is None else served.max_model_len,
+                max_model_len=served.max_model_len if isinstance(served, ServedModel) else 0,
                 **fields,
             )
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import zmq
 
 from server.errors import Overloaded
-from server.worker.wire import FromWorker, ToWorker, decode_from_worker, encode
+from server.worker.wire import FromWorker, ToWorker, decode_from_worker, more_from_worker, to_frames
 
 QUEUE = 4096
 """Most messages that wait in each direction."""
@@ -42,7 +42,7 @@ class Channel:
         if self._socket.closed:
             raise Overloaded("The model's worker is restarting; try again.", retry_after=1)
         try:
-            self._socket.send(encode(message), zmq.NOBLOCK)
+            self._socket.send_multipart(to_frames(message), zmq.NOBLOCK)
         except zmq.Again:
             raise Overloaded("The model's worker does not keep up; try again.", retry_after=1) from None
         # The descriptor signals edges, and a send can swallow one: look again for what has arrived.
@@ -64,7 +64,8 @@ class Channel:
             except zmq.Again:
                 return
             try:
-                self._on_message(decode_from_worker(frame))
+                # The rest of a message is here as soon as its first frame is.
+                self._on_message(more_from_worker(decode_from_worker(frame), self._socket.recv))
             except Exception as error:  # noqa: BLE001 - whatever it is, the worker's owner ends the worker
                 self._on_error(error)
         self._loop.call_soon(self._drain)

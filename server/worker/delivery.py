@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from engines.protocol import End
 from server.admission import Door
+from server.errors import InvalidRequest
 from server.metrics import Metrics
 from server.requests import Reply
 from server.worker.places import Carrier, Place, Places
@@ -47,6 +48,8 @@ class Delivery:
         if outputs.cached_tokens[index] > reply.cached_tokens:
             reply.cached_tokens = outputs.cached_tokens[index]
         reply.queue_seconds = reply.queue_seconds or outputs.queue_seconds[index]
+        if outputs.errors and item in outputs.errors:
+            reply.fail(InvalidRequest(f"The model failed on this input: {outputs.errors[item]}.", reason="invalid"))
         fresh = len(
             reply.deliver(
                 place.choice,
@@ -56,9 +59,13 @@ class Delivery:
                 now=now,
                 logprobs=outputs.logprobs.get(item, ()) if outputs.logprobs else (),
                 prompt_logprobs=outputs.prompt_logprobs.get(item, ()) if outputs.prompt_logprobs else (),
+                output=outputs.outputs.get(item, b"") if outputs.outputs else b"",
             )
         )
         if not fresh:
+            if reply.request.rows and outputs.ends[index]:
+                reply.took_part(outputs.stats.rows)
+                self._metrics.answered(reply, outputs.stats.seconds, now)
             return 0
         reply.took_part(outputs.stats.rows)
         if first:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 import psutil
 
-from engines.protocol import Engine, EngineKind, StepPlan
+from engines.protocol import Engine, EngineKind, StepPlan, TensorEngine
 from server.scheduler.config import SchedulerConfig
 from server.scheduler.core import MAX_IN_FLIGHT, DynamicBatchScheduler, ItemUpdate, StepWork
 from server.worker.counted_work import count_work
@@ -69,6 +69,7 @@ class WorkerLoop:
         self._clock = clock
         self._loads = LoadThread(incarnation, wake=mailbox.wake, clock=clock, begun=begun)
         self._engines: dict[str, Engine] = {}
+        self._inputs: dict[int, bytes] = {}  # packed tensors of one-shot items that wait
         self._tickets: deque[_Ticket] = deque()
         self._steps = 0
         self._reported_at = clock()
@@ -99,6 +100,7 @@ class WorkerLoop:
         began = self._clock()
         plan = self._scheduler.plan(began, {name: engine.capacity for name, engine in self._engines.items()})
         for dropped in self._scheduler.dropped():
+            self._forget_inputs(dropped.items)
             self._mailbox.send(
                 Refused(self._incarnation, dropped.items, dropped.reason, dropped.kind, dropped.retry_after)
             )
@@ -110,8 +112,12 @@ class WorkerLoop:
         plan = ticket.plan
         items = [row.item for row in plan.rows] + [row.item for row in plan.one_shot]
         self._record.launched(plan.step, items)
+        engine = self._engines[plan.engine]
+        if isinstance(engine, TensorEngine):
+            for row in plan.one_shot:
+                engine.put(row.item, self._inputs.pop(row.item))
         with self._mailbox.unlocked():
-            self._engines[plan.engine].launch(plan)
+            engine.launch(plan)
 
     def _settle_oldest(self) -> None:
         ticket = self._tickets[0]
@@ -157,6 +163,7 @@ class WorkerLoop:
                 logprobs={update.item: update.logprobs for update in updates if update.logprobs},
                 prompt_logprobs={update.item: update.prompt_logprobs for update in updates if update.prompt_logprobs},
                 outputs={update.item: update.output for update in updates if update.output},
+                errors={update.item: update.error for update in updates if update.error},
                 stats=stats,
             )
         )
@@ -187,6 +194,7 @@ class WorkerLoop:
                 case Cancel(items):
                     self._checked = False
                     self._scheduler.cancel(items)
+                    self._forget_inputs(items)
                 case LoadEngine(spec):
                     self._loads.start(spec)
                 case UnloadEngine(name):
@@ -201,10 +209,17 @@ class WorkerLoop:
         refusal = self._scheduler.offer(offer.items, self._clock())
         if refusal is not None:
             self._mailbox.send(Refused(self._incarnation, [item.item for item in offer.items], refusal))
+        elif offer.inputs:
+            self._inputs.update(zip((item.item for item in offer.items), offer.inputs, strict=True))
+
+    def _forget_inputs(self, items: list[int]) -> None:
+        for item in items:
+            self._inputs.pop(item, None)
 
     def _configure(self, config: SchedulerConfig) -> None:
         self._settle_all()
         self._scheduler.configure(config)
+        self._inputs.clear()
 
     def _settle_all(self) -> None:
         while self._tickets:
@@ -225,6 +240,7 @@ class WorkerLoop:
         self._settle_all()
         if name in self._engines:
             updates = self._scheduler.remove_engine(name)
+            self._forget_inputs([update.item for update in updates])
             nothing = StepStats(seconds=0.0, plan_seconds=0.0, rows=0, tokens=0, prompt_tokens=0)
             self._send(StepPlan(step=self._steps, engine=name), updates, nothing)
             self._engines.pop(name).close()

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import zmq
 
 from server.worker.channel import QUEUE
-from server.worker.wire import FromWorker, ToWorker, decode_to_worker, encode
+from server.worker.wire import FromWorker, ToWorker, decode_to_worker, more_to_worker, to_frames
 
 
 class Mailbox:
@@ -34,7 +34,7 @@ class Mailbox:
 
     def send(self, message: FromWorker) -> None:
         """Queue one message; waits when the API process does not keep up."""
-        self._socket.send(encode(message))
+        self._socket.send_multipart(to_frames(message))
 
     def receive(self, timeout: float) -> list[ToWorker]:
         """All messages that are here, after waiting up to ``timeout`` seconds for one, or for ``wake``."""
@@ -45,7 +45,9 @@ class Mailbox:
         messages = []
         while True:
             try:
-                messages.append(decode_to_worker(self._socket.recv(zmq.NOBLOCK)))
+                message = decode_to_worker(self._socket.recv(zmq.NOBLOCK))
+                # The rest of a message is here as soon as its first frame is.
+                messages.append(more_to_worker(message, self._socket.recv))
             except zmq.Again:
                 return messages
 

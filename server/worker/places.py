@@ -60,6 +60,8 @@ class Place:
             firm=request.firm,
             timeout=request.timeout,
             suspect=suspect,
+            rows=request.rows,
+            bucket=request.bucket,
         )
 
 

@@ -131,7 +131,8 @@ class Router:
 
     def _offer(self, carrier: Carrier, places: list[Place], *, suspect: bool = False) -> None:
         now = self._clock()
-        carrier.send(Offer([place.to_item(now, suspect=suspect) for place in places]))
+        inputs = [place.reply.request.inputs for place in places if place.reply.request.rows]
+        carrier.send(Offer([place.to_item(now, suspect=suspect) for place in places], inputs))
         self._places.move(places, carrier)
         for reply in {place.reply for place in places}:
             reply.offered_at.append(now)

@@ -1,10 +1,12 @@
 """Messages between the API process and a worker process: msgspec structs over a ZeroMQ PAIR socket, never pickle.
 
 Every message from a worker carries its incarnation, so that what a dead worker still had in flight is told apart.
+Tensors are frames of their own behind the message that they belong to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -70,6 +72,8 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
     """All items of one request."""
 
     items: list[Item]
+    inputs: list[bytes] = []
+    """Packed tensors (``engines.tensors.pack``) of each one-shot item; empty for sequences."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -224,7 +228,9 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """By item, where asked for."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     outputs: dict[int, bytes] = {}
-    """By one-shot item."""
+    """Packed tensors by one-shot item."""
+    errors: dict[int, str] = {}
+    """Why one-shot items failed, for their clients."""
     stats: StepStats
 
 
@@ -237,6 +243,35 @@ _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(From
 
 def encode(message: ToWorker | FromWorker) -> bytes:
     return _encoder.encode(message)
+
+
+def to_frames(message: ToWorker | FromWorker) -> list[bytes]:
+    """The message, and behind it its tensors."""
+    match message:
+        case Offer() if message.inputs:
+            bare = msgspec.structs.replace(message, inputs=[b""] * len(message.inputs))
+            return [encode(bare), *message.inputs]
+        case StepOutputs() if message.outputs:
+            # A dict keeps its order on the wire.
+            return [
+                encode(msgspec.structs.replace(message, outputs=dict.fromkeys(message.outputs, b""))),
+                *message.outputs.values(),
+            ]
+    return [encode(message)]
+
+
+def more_to_worker(message: ToWorker, frame: Callable[[], bytes]) -> ToWorker:
+    """With the tensors that ``frame`` gives, one at a time."""
+    if isinstance(message, Offer) and message.inputs:
+        return msgspec.structs.replace(message, inputs=[frame() for _ in message.inputs])
+    return message
+
+
+def more_from_worker(message: FromWorker, frame: Callable[[], bytes]) -> FromWorker:
+    """As ``more_to_worker``."""
+    if isinstance(message, StepOutputs) and message.outputs:
+        return msgspec.structs.replace(message, outputs={item: frame() for item in message.outputs})
+    return message
 
 
 def decode_to_worker(frame: bytes) -> ToWorker:

@@ -113,7 +113,7 @@ class Running:
     def expected_text(self, seed: int, tokens: int, choice: int = 0) -> str:
         """What the fake engine says, through the model's tokenizer."""
         ids = [fake_token(seed, choice, position) for position in range(tokens)]
-        return self.state.models["tiny"].text.decode(ids)
+        return self.state.language_models["tiny"].text.decode(ids)
 
 
 @contextmanager

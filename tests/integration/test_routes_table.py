@@ -82,10 +82,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Fak
         yield {False: first, True: second}
 
 
+def of_fake(path: str) -> str:
+    return path.replace("{model_id:path}", "fake").replace("{model_name}", "fake").replace("{version}", "1")
+
+
 def status(servers: dict[bool, FakeServer], caller: str, method: str, path: str, **headers: str) -> int:
     if caller in KEYS:
         headers["authorization"] = f"Bearer {KEYS[caller]}"
-    url = servers[caller != "no key set"].url + path.replace("{model_id:path}", "fake")
+    url = servers[caller != "no key set"].url + of_fake(path)
     return httpx.request(method, url, headers=headers, timeout=PATIENCE).status_code
 
 
@@ -104,7 +108,7 @@ def test_each_cell_is_what_a_request_gets(servers: dict[bool, FakeServer], calle
 
 def test_a_wrong_key_opens_as_much_as_none(servers: dict[bool, FakeServer]) -> None:
     for row in table():
-        url = servers[True].url + row.path.replace("{model_id:path}", "fake")
+        url = servers[True].url + of_fake(row.path)
         for authorization in ("Bearer wrong", "Bearer", "Basic dGhlOmtleQ==", "Bearer the-api-key-and-more"):
             answer = httpx.request(row.method, url, headers={"authorization": authorization}, timeout=PATIENCE)
             wanted = (200,) if row.cells["no key sent"] == "open" else (401,)

@@ -289,3 +289,17 @@ def test_nothing_of_a_tenant_stays_behind() -> None:
         door.started(asked)
         door.ended(asked)
     door.check(request(choices=10, tenant="b"))
+
+
+def test_bytes_of_tensors_are_bounded_until_their_request_ends() -> None:
+    door = make(max_input_bytes=100)
+    large = request(0, rows=1, inputs=bytes(1000))
+    door.check(large)
+    door.filed(large)
+    door.started(large)
+    assert refusal(door, request(0, rows=1, inputs=bytes(1))).reason == "queue_full"
+    door.ended(large)
+    small = request(0, rows=1, inputs=bytes(60))
+    door.filed(small)
+    door.check(request(0, rows=1, inputs=bytes(40)))
+    assert refusal(door, request(0, rows=1, inputs=bytes(41))).reason == "queue_full"

@@ -15,7 +15,8 @@ PACKAGES = ("server", "engines", "compression")
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "engines": ("engines",),
-    "engines.protocol": (),
+    "engines.tensors": (),
+    "engines.protocol": ("engines.tensors",),
     "engines.kernels": ("engines.kernels", "engines.protocol"),
     "engines.quant": (
         "engines.quant",
@@ -33,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.scheduler": ("server.scheduler", "server.worker.wire", "engines.protocol"),
     "server.worker.wire": ("engines.protocol",),
     "server.requests": ("server.errors", "engines.protocol"),
+    "server.infer": ("server.infer", "server.errors", "engines.tensors"),
     "server.text": ("server.text", "server.errors", "engines."),
     "server.lane": ("server.scheduler.deadlines", "server.requests", "server.worker.wire"),
     "server.admission": ("server.lane", "server.errors", "server.requests", "server.worker.wire", "engines.protocol"),

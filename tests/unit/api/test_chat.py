@@ -47,7 +47,7 @@ def test_prompt_is_the_rendered_template(manifest: Manifest) -> None:
     ]
     post(state, "/v1/chat/completions", messages=messages)
     post(state, "/v1/chat/completions", messages=messages, add_generation_prompt=False)
-    text = state.models["tiny"].text
+    text = state.language_models["tiny"].text
     rendered = "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n"
     assert dispatcher.requests[0].prompt == text.encode(rendered + "<|im_start|>assistant\n", False)
     assert dispatcher.requests[1].prompt == text.encode(rendered, False)

@@ -37,7 +37,7 @@ def test_models_are_listed_and_found(manifest: Manifest) -> None:
 def test_a_model_with_a_card_tells_its_quality(manifest: Manifest) -> None:
     state = make_state(manifest, ScriptedDispatcher())
     quality = Quality(perplexity_ratio=1.02, kl=0.01, measured_on="wikitext-2")
-    state.models = {name: replace(model, quality=quality) for name, model in state.models.items()}
+    state.models = {name: replace(model, quality=quality) for name, model in state.language_models.items()}
     one, all_of_them = call(create_api(state), ("GET", "/v1/models/tiny", None), ("GET", "/v1/models", None))
     assert one.json()["quality"] == msgspec.to_builtins(quality)
     assert all_of_them.json()["data"] == [one.json()]
@@ -87,7 +87,7 @@ def test_tokenize_renders_messages(manifest: Manifest) -> None:
     state = make_state(manifest, ScriptedDispatcher())
     body = {"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": False}
     reply = call(create_api(state), ("POST", "/tokenize", body))[0].json()
-    assert reply["tokens"] == state.models["tiny"].text.encode("<|im_start|>user\nx<|im_end|>\n", False)
+    assert reply["tokens"] == state.language_models["tiny"].text.encode("<|im_start|>user\nx<|im_end|>\n", False)
 
 
 def test_a_name_is_needed_among_several_models(manifest: Manifest) -> None:
@@ -146,7 +146,9 @@ def test_openapi_names_every_field_with_type_and_bounds(manifest: Manifest) -> N
         assert limits.items() <= number.items()
     assert components["ChatBody"]["properties"]["model"]["enum"] == ["tiny"]
     posts = [path for path, item in schema["paths"].items() if "post" in item]
-    assert sorted(posts) == ["/detokenize", "/tokenize", "/v1/chat/completions", "/v1/completions"]
+    infer = [f"/v2/models/{{model_name}}{version}/infer" for version in ("", "/versions/{version}")]
+    texts = ["/detokenize", "/tokenize", "/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    assert sorted(posts) == [*texts, *infer]
     for path in posts:
         assert {"200", "400", "401", "404", "413", "503"} <= schema["paths"][path]["post"]["responses"].keys()
 
