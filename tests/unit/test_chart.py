@@ -26,6 +26,7 @@ VARIANTS = {
     "hpa": (KEY, MANY, "autoscaling.kind=hpa"),
     "keda": (KEY, MANY, "autoscaling.kind=keda", "podMonitor.enabled=true"),
     "gpus": (KEY, "gpus=2", "cache.kind=emptyDir", "networkPolicy.downloads=false"),
+    "metrics port": (KEY, "metricsPort=9100", "podMonitor.enabled=true"),
     "shared cache": (KEY, "replicas=3", "cache.accessMode=ReadWriteMany", "cache.storageClass=shared"),
 }
 CUSTOM_KINDS = {"PodMonitor", "ScaledObject"}
@@ -121,7 +122,7 @@ def test_a_service_named_like_the_server_does_not_set_its_options(monkeypatch: p
 def test_probes_need_no_key_and_a_first_pull_has_its_time() -> None:
     container = server(KEY, "loadSeconds=600")
     probes = [container[f"{name}Probe"] for name in ("startup", "liveness", "readiness")]
-    assert {probe["httpGet"]["path"] for probe in probes} == OPEN_PATHS
+    assert {probe["httpGet"]["path"] for probe in probes} <= OPEN_PATHS
     assert {probe["httpGet"]["port"] for probe in probes} == {container["ports"][0]["name"]}
     assert probes[0]["periodSeconds"] * probes[0]["failureThreshold"] >= 600
 
@@ -219,3 +220,20 @@ def test_the_network_policy_lets_nothing_out_that_is_not_needed() -> None:
     names, downloads = render(KEY)["NetworkPolicy"]["spec"]["egress"]
     assert {each["port"] for each in names["ports"]} == {53}
     assert "169.254.0.0/16" in downloads["to"][0]["ipBlock"]["except"]
+
+
+def test_a_metrics_port_is_prometheus_s_alone() -> None:
+    values = VARIANTS["metrics port"]
+    assert {each["name"]: each["containerPort"] for each in server(*values)["ports"]} == {"http": 8000, "metrics": 9100}
+    environment = {each["name"]: each.get("value") for each in server(*values)["env"]}
+    options = {key: environment[f"SLIMSERVE_{key.upper()}"] for key in ("metrics_port", "metrics_host")}
+    assert load_settings({**options, "api_key": "k" * 32}).metrics_port == 9100
+    rendered = render(*values)
+    (endpoint,) = rendered["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == "metrics"
+    api, metrics = rendered["NetworkPolicy"]["spec"]["ingress"]
+    assert [each["port"] for each in api["ports"]] == ["http"]
+    assert [each["port"] for each in metrics["ports"]] == ["metrics"]
+    assert all("namespaceSelector" in each for each in metrics["from"])
+    assert not any("namespaceSelector" in each for each in api["from"])
+    assert [each["name"] for each in rendered["Service"]["spec"]["ports"]] == ["http"]
