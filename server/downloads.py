@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -103,7 +103,8 @@ def _run_installer(requirement: str, work: Path) -> None:
 
 def installer_command(requirement: str, work: Path) -> Sequence[str]:
     """pip where this Python has it, else uv, else a pip of another Python (the wheel is the same for all)."""
-    if importlib.util.find_spec("pip") is not None:
+    # Its files are looked for: setuptools warns where a process asks for the module and has distutils already.
+    if any(importlib.metadata.distributions(name="pip")):
         pip = [sys.executable, "-m", "pip"]
     elif uv := shutil.which("uv"):
         target = ["--target", str(work / "dist"), "--cache-dir", str(work / "tmp"), "--python", sys.executable]

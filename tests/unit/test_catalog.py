@@ -249,7 +249,7 @@ def test_repositories_that_cannot_be_served_are_refused(names: list[str], file: 
 
 def test_installers_are_tried_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert downloads.installer_command("x==1", tmp_path)[:4] == [sys.executable, "-m", "pip", "download"]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda **_: ())
     monkeypatch.setattr("shutil.which", lambda name: f"bin/{name}" if name == "uv" else None)
     assert downloads.installer_command("x==1", tmp_path)[:3] == ["bin/uv", "pip", "install"]
     monkeypatch.setattr("shutil.which", lambda name: f"bin/{name}" if name == "pip" else None)
